@@ -1,0 +1,85 @@
+"""A file with one FineTuneJob: reads it, and tells each problem by file, line and field."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_operator import kubeyaml, names, schema
+from finetune_operator.problems import InvalidJob, Problem
+from finetune_operator.schema import FineTuneJob
+from finetune_trainer.contract import ConfigurationError
+
+STANDARD_INPUT = Path("-")
+_PART = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """A FineTuneJob and where it stands."""
+
+    path: Path
+    document: kubeyaml.Document
+    job: FineTuneJob
+    others: tuple[str, ...]
+    """Other objects of the same file, `Kind/name`: for a cluster only."""
+
+    @property
+    def folder(self) -> Path:
+        """What `./` in a source or a dataset means."""
+        return Path.cwd() if self.path == STANDARD_INPUT else self.path.absolute().parent
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Problems of the job that are raised inside say the file and the line too."""
+        with _locating(self.path, self.document):
+            yield
+
+
+def load(path: Path) -> JobFile:
+    """Read the one FineTuneJob of a file (`-`: standard input); raises ConfigurationError or InvalidJob."""
+    documents = _read(path)
+    jobs = [document for document in documents if not isinstance(document.value, dict) or document.value.get("kind", names.KIND) == names.KIND]
+    others = tuple(_title(document) for document in documents if document not in jobs)
+    if len(jobs) != 1:
+        found = f"{len(jobs)} ({', '.join(map(_title, jobs))})" if jobs else ", ".join(others) or "an empty file"
+        raise ConfigurationError(f"{path}: it must hold one {names.KIND} (found {found})")
+    with _locating(path, jobs[0]):
+        return JobFile(path, jobs[0], schema.parse(jobs[0].value), others)
+
+
+def _read(path: Path) -> list[kubeyaml.Document]:
+    try:
+        return kubeyaml.read(sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
+    except kubeyaml.InvalidYAML as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+
+
+def _title(document: kubeyaml.Document) -> str:
+    value = document.value if isinstance(document.value, dict) else {}
+    metadata = value.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    return f"{value.get('kind', 'no kind')}/{name or '?'}"
+
+
+@contextmanager
+def _locating(path: Path, document: kubeyaml.Document) -> Iterator[None]:
+    try:
+        yield
+    except InvalidJob as error:
+        located = (Problem(_place(path, document, problem), str(problem)) for problem in error.problems)
+        raise InvalidJob(*located) from error
+
+
+def _place(path: Path, document: kubeyaml.Document, problem: Problem) -> str:
+    """`file:line` of a problem's field; a sentence that begins with the name of a field below it is about that one."""
+    parts: kubeyaml.Path = tuple(int(index) if index else name for name, index in _PART.findall(problem.field))
+    subject = (*parts, problem.message.split(" ", 1)[0])
+    line = document.line(subject if subject in document.lines else parts)
+    return f"{path}:{line}" if line else str(path)

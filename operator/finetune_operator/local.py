@@ -1,0 +1,269 @@
+"""A Plan executed on this machine: one launcher per node with the environment that pods get, watched until all have ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from finetune_operator import names, runs
+from finetune_operator.describe import plan_text
+from finetune_operator.display import Display, open_display
+from finetune_operator.gang import Ending, Gang, Launcher
+from finetune_operator.job_file import JobFile
+from finetune_operator.machine import find_config, this_machine, visible_gpus
+from finetune_operator.plan import LAUNCHER, Identity, NodePlan, Place, Plan, cluster_only_fields, make_plan
+from finetune_operator.runs import Run
+from finetune_operator.settings import Settings
+from finetune_trainer.contract import Progress, Reason, RunReport, exit_of
+from finetune_trainer.resolve import read_facts, resolve
+
+LOCAL_LAUNCHER = (sys.executable, "-P", "-m", "finetune_trainer.cli", "launch")
+POLL_SECONDS = 0.5
+ANSWER_SECONDS = 5.0
+LOG_TAIL_LINES = 12
+
+
+def local_place(file: JobFile, work: Path, master_port: int = 0) -> Place:
+    """Where launchers of this machine run."""
+    return Place(
+        kind="local",
+        work=str(work.absolute()),
+        relative_to=str(file.folder),
+        run_file="{output_dir}/run.json",
+        progress_host="127.0.0.1",
+        progress_port=0,
+        master_address="127.0.0.1",
+        master_port=master_port,
+    )
+
+
+def run_job(file: JobFile, work: Path, resume: str | None, launcher: tuple[str, ...] = LOCAL_LAUNCHER) -> int:
+    """Run a job to its end and return the run's exit code; raises ConfigurationError for what is refused before it starts."""
+    policy = resume or file.job.spec.checkpoints.resume
+    with file.locating(), runs.claim(file.job, Settings(), local_place(file, work, _free_port()), policy) as run:
+        runs.write_run_file(run)
+        return asyncio.run(_execute(file, run, launcher))
+
+
+def describe_job(file: JobFile, work: Path, gpu_memory_gib: float | None) -> str:
+    """What `run_job` would run, and what is chosen where the file is silent when the model's config.json is at hand."""
+    with file.locating():
+        plan = make_plan(file.job, Settings(), local_place(file, work), Identity("<uid8>"))
+    facts = find_config(plan.config, os.environ)
+    machine = this_machine(plan, os.environ, gpu_memory_gib)
+    resolution = resolve(plan.config, read_facts(facts), machine) if facts is not None else None
+    notes = [ignored_sentence(file), None if gpu_memory_gib else _devices(plan)[1]]
+    return plan_text(plan, resolution, [note for note in notes if note])
+
+
+# With which environment
+
+
+def launchers(run: Run, launcher: tuple[str, ...], environment: Mapping[str, str], gpus: list[str]) -> list[Launcher]:
+    """One launcher per node; ``gpus`` are the devices of the whole run, empty for CPU processes."""
+    command = (*launcher, *run.plan.command[len(LAUNCHER) :])
+    return [
+        Launcher(
+            command,
+            _node_environment(environment, node, _share(gpus, node.index, run.plan.processes_per_node)),
+            run.folder,
+            run.log_folder / f"{node.host}.log",
+        )
+        for node in run.plan.nodes
+    ]
+
+
+def _share(gpus: list[str], node: int, processes: int) -> list[str]:
+    return gpus[node * processes : (node + 1) * processes]
+
+
+def _node_environment(inherited: Mapping[str, str], node: NodePlan, gpus: list[str]) -> dict[str, str]:
+    """This machine's environment without another gang's variables, and the node's own; `$(NAME)` is expanded as in a pod."""
+    result = {name: value for name, value in inherited.items() if not names.is_gang_environment(name)}
+    if "PYTHONPATH" in result:
+        result["PYTHONPATH"] = os.pathsep.join(os.path.abspath(part) for part in result["PYTHONPATH"].split(os.pathsep) if part)
+    own: dict[str, str] = {}
+    for variable in node.environment:
+        if variable.value_from is None:
+            own[variable.name] = _expand(variable.value or "", own)
+    return {**result, **own, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+
+
+def _expand(value: str, known: Mapping[str, str]) -> str:
+    """Kubernetes' `$(NAME)`: names given before are replaced, unknown ones stay, `$$` is a dollar sign."""
+    return re.sub(r"\$\$|\$\(([^()]+)\)", lambda match: "$" if match[0] == "$$" else known.get(match[1], match[0]), value)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+# Running and watching
+
+
+def ignored_sentence(file: JobFile) -> str | None:
+    """One line with everything in the file that has no meaning without a cluster."""
+    ignored = [*cluster_only_fields(file.job), *file.others]
+    return f"ignored without a cluster: {', '.join(ignored)}" if ignored else None
+
+
+async def _execute(file: JobFile, run: Run, launcher: tuple[str, ...]) -> int:
+    started = time.monotonic()
+    gpus, without_gpus = _devices(run.plan)
+    display = open_display(f"{run.plan.job.namespace}/{run.plan.job.name}", run.plan.config.training.logging_steps)
+    try:
+        for sentence in filter(None, (ignored_sentence(file), without_gpus, *_opening(run))):
+            display.say(sentence)
+        ending = await _run_gang(run, launchers(run, launcher, os.environ, gpus), display)
+    finally:
+        display.close()
+    return _conclude(file, run, ending, time.monotonic() - started)
+
+
+def _devices(plan: Plan) -> tuple[list[str], str | None]:
+    """The GPUs of the run, or a sentence that says why there are none."""
+    if plan.accelerator is None:
+        return [], None
+    gpus = visible_gpus(os.environ)
+    if len(gpus) >= plan.world_size:
+        return [name for name, _ in gpus[: plan.world_size]], None
+    found = f"{len(gpus)} of {plan.world_size} GPUs are here" if gpus else "there is no GPU here"
+    return [], f"{found}: {plan.world_size} {'process' if plan.world_size == 1 else 'processes'} on the CPU"
+
+
+def _opening(run: Run) -> list[str]:
+    config = run.plan.config.run
+    what = f"continuing run {config.uid[:8]} (attempt {config.attempt}; --resume never starts anew)" if run.continued else f"run {config.uid[:8]}"
+    return [what, f"results: {run.folder}", f"output of the processes: {run.log_folder}"]
+
+
+async def _run_gang(run: Run, nodes: list[Launcher], display: Display) -> Ending:
+    gang = Gang(nodes, run.plan.config.run.grace_seconds)
+    watcher = asyncio.create_task(_watch(run.folder / "progress.json", display))
+    with _stopping_on_signals(gang, display):
+        try:
+            return await gang.run()
+        finally:
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+
+
+@contextmanager
+def _stopping_on_signals(gang: Gang, display: Display) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    asked = 0
+
+    def stop() -> None:
+        nonlocal asked
+        asked += 1
+        display.say("stopping after a checkpoint; once more stops at once" if asked == 1 else "stopping at once")
+        gang.stop()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+async def _watch(address_file: Path, display: Display) -> None:
+    """Show rank 0's progress until cancelled; while it does not answer, nothing changes."""
+    said = False
+    while True:
+        await asyncio.sleep(POLL_SECONDS)
+        address = _read_address(address_file)
+        if address is None:
+            continue
+        if not said:
+            said = True
+            display.say(f"progress: http://{address}/progress and /metrics")
+        progress = await asyncio.to_thread(fetch_progress, address)
+        if progress is not None:
+            display.update(progress)
+
+
+def _read_address(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text())["address"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def fetch_progress(address: str) -> Progress | None:
+    """What rank 0 answers; None while nothing that can be read does. No proxy is asked."""
+    connection = HTTPConnection(address, timeout=ANSWER_SECONDS)
+    try:
+        connection.request("GET", "/progress")
+        return Progress.model_validate_json(connection.getresponse().read())
+    except (OSError, HTTPException, ValidationError):
+        return None
+    finally:
+        connection.close()
+
+
+# The end
+
+
+def _conclude(file: JobFile, run: Run, ending: Ending, seconds: float) -> int:
+    """Say how it ended: results on standard output, a failure in a sentence on standard error."""
+    report = runs.read_report(run)
+    if ending.code == 0:
+        print(success_text(run.folder, report, seconds), flush=True)
+        return 0
+    if exit_of(ending.code).reason is Reason.PREEMPTED or ending.asked:
+        again = f"continue with: finetune run -f {file.path} --resume auto" if runs.has_checkpoint(run.folder) else "there is no checkpoint yet"
+        print(f"stopped after {_duration(seconds)}; {again}", file=sys.stderr)
+        return ending.code
+    print(failure_text(run, ending, report), file=sys.stderr)
+    return ending.code
+
+
+def success_text(folder: Path, report: RunReport | None, seconds: float) -> str:
+    """Where things are, first and last loss, verification, time."""
+    if report is None:
+        return f"finished in {_duration(seconds)}, without a report\nresults: {folder}"
+    lines = [f"finished in {_duration(seconds)}"]
+    if report.curve:
+        lines[0] += f": loss {report.curve[0].loss:.4g} → {report.curve[-1].loss:.4g} in {report.curve[-1].step} steps"
+    if report.verification is not None:
+        difference = report.verification.max_logit_difference
+        size = "" if difference is None else f", largest difference of a logit {difference:.2g}"
+        lines.append(f"verified ({report.verification.level}{size})")
+    lines += [f"{artifact.format}: {os.path.join(folder, artifact.path)}" for artifact in report.artifacts]
+    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"{name}: {folder / name}" for name in ("report.json", "loss.png") if (folder / name).exists()]
+    return "\n".join(lines)
+
+
+def failure_text(run: Run, ending: Ending, report: RunReport | None) -> str:
+    """The reason in a sentence; where the trainer gave none, the end of the node's log."""
+    host = run.plan.nodes[ending.node].host
+    log = run.log_folder / f"{host}.log"
+    if report is not None and report.failure is not None:
+        rank = "" if report.failure.rank is None else f" (rank {report.failure.rank})"
+        return f"{report.failure.reason.value}{rank}: {report.failure.message}\nlog: {log}"
+    tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if log.exists() else []
+    return "\n".join([f"{exit_of(ending.code).reason.value}: {host} ended with exit code {ending.code}; the end of {log}:", *tail])
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,66 @@
+"""Every name that the operator gives or reserves: the API's identity, host names, environment variables, folders."""
+
+from __future__ import annotations
+
+import re
+
+GROUP = "finetune.mcore.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "FineTuneJob"
+
+MAX_NAME_LENGTH = 52
+NAME_RULE = (
+    f"it must begin with a lower-case letter, have only lower-case letters, digits and `-`, not end with `-`, and have at most {MAX_NAME_LENGTH} characters"
+)
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_ENVIRONMENT_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
+
+GANG_ENVIRONMENT = frozenset(
+    (
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+        *("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"),
+    )
+)
+GANG_PREFIXES = ("PET_", "TORCHELASTIC_")
+
+
+def is_job_name(name: str) -> bool:
+    """Whether a job may have this name: it becomes a Service's and, with an index, host names (DNS-1035)."""
+    return len(name) <= MAX_NAME_LENGTH and _NAME.fullmatch(name) is not None
+
+
+def is_namespace(name: str) -> bool:
+    """Whether this is a Kubernetes namespace's name (DNS-1123 label)."""
+    return len(name) <= 63 and _NAMESPACE.fullmatch(name) is not None
+
+
+def is_environment_name(name: str) -> bool:
+    """Whether Kubernetes takes this as an environment variable's name."""
+    return _ENVIRONMENT_NAME.fullmatch(name) is not None
+
+
+def is_gang_environment(name: str) -> bool:
+    """Whether the gang sets this environment variable itself."""
+    return name in GANG_ENVIRONMENT or name.startswith(GANG_PREFIXES)
+
+
+def service(job: str) -> str:
+    """The headless Service of a job's pods: their subdomain."""
+    return job
+
+
+def host(job: str, node: int) -> str:
+    """Host name of one node of the gang, from 0."""
+    return f"{job}-{node}"
+
+
+def master_address(job: str) -> str:
+    """Where node 0 is reached in a cluster: hostname.subdomain."""
+    return f"{host(job, 0)}.{service(job)}"
+
+
+def result_folder(work: str, namespace: str, job: str, uid: str) -> str:
+    """Folder of one run's results: `<work>/<namespace>/<name>/<uid8>`."""
+    return f"{work.rstrip('/')}/{namespace}/{job}/{uid[:8]}"

@@ -1,0 +1,80 @@
+"""How long it takes to import a model, and to read its bytes: ``python importing.py RUN.json`` prints JSON, medians in seconds.
+
+One process of one thread. *Reading* is a plain read of the safetensors files into memory that is already mapped; *import* is everything from opening the folder to
+weights that have been checked, into a model that is already built; *transformers* is from_pretrained, which builds the model too. *Cold* drops the files from the page cache first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune_trainer import convert, families, hf_files, model, parallel, resolve
+from finetune_trainer.contract import RunConfig
+
+REPEATS = 5
+
+
+def main() -> None:
+    config = RunConfig.load(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    parallel.open_process_group(config)
+    hf = hf_files.open_model(config.model)
+    config = resolve.resolve(config, resolve.read_facts(hf.config), parallel.describe_machine()).config
+    family = families.find(hf.config)
+    ranks = parallel.initialize(config.parallelism, config.training.seed)
+    chunks = model.build(family, hf.config, config, ranks)
+    files = sorted(hf.folder.glob("*.safetensors"))
+    num_bytes = sum(file.stat().st_size for file in files)
+    buffer = torch.ones(num_bytes, dtype=torch.uint8)
+
+    def read() -> None:
+        view, place = memoryview(buffer.numpy()), 0
+        for file in files:
+            with file.open("rb", buffering=0) as stream:
+                while count := stream.readinto(view[place:]):
+                    place += count
+
+    def import_base() -> None:
+        convert.import_base(chunks, family, hf_files.open_model(config.model), ranks)
+
+    def from_pretrained() -> None:
+        AutoModelForCausalLM.from_pretrained(hf.folder)
+
+    works = {"read": read, "import": import_base, "transformers": from_pretrained}
+    seconds = {f"{name} {state}": measure(work, files if state == "cold" else []) for name, work in works.items() for state in ("warm", "cold")}
+    print(json.dumps({"bytes": num_bytes, "seconds": seconds}))
+    parallel.shut_down()
+
+
+def measure(work: Callable[[], None], cold_files: list[Path]) -> float:
+    """The median time of some calls after one that does not count."""
+    work()
+    times = []
+    for _ in range(REPEATS):
+        for file in cold_files:
+            forget(file)
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return median(times)
+
+
+def forget(file: Path) -> None:
+    """Ask the kernel to drop a file from its page cache."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()

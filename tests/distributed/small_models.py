@@ -1,0 +1,142 @@
+"""What the tests of several modules do in every rank: set up a layout, build a small model, load it; and transformers' answer to compare with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from safetensors.torch import load_file
+
+from finetune_trainer import model, parallel
+from finetune_trainer.contract import RunConfig
+from finetune_trainer.families import FAMILIES, Family, find
+from finetune_trainer.parallel import Ranks
+from finetune_trainer.shards import local_dims, share_slices
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Options of a run by their API names, for a model folder."""
+
+    folder: Path
+    parallelism: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
+    torch_dtype: str = "float32"
+
+    @property
+    def config(self) -> RunConfig:
+        return RunConfig.model_validate(
+            {
+                "model": {"source": str(self.folder), "torchDtype": self.torch_dtype},
+                "data": {"dataset": ["unused"]},
+                "parallelism": {"ddpTimeout": 60, **self.parallelism},
+                "training": self.training,
+                "tuning": {"tunerType": "full"} if not self.tuning else self.tuning,
+                "run": {"outputDir": str(self.folder)},
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Built:
+    chunks: list[Any]
+    family: Family
+    hf_config: dict[str, Any]
+    config: RunConfig
+    ranks: Ranks
+
+
+def build(layout: Layout) -> Built:
+    """This rank's part of the model, with the folder's weights."""
+    parallel.open_process_group(layout.config)
+    ranks = parallel.initialize(layout.config.parallelism, layout.config.training.seed)
+    hf_config = json.loads((layout.folder / "config.json").read_text())
+    family = find(hf_config)
+    chunks = model.build(family, hf_config, layout.config, ranks)
+    load(chunks, family, hf_config, layout.folder, ranks)
+    return Built(chunks, family, hf_config, layout.config, ranks)
+
+
+def load(chunks: list[Any], family: Family, hf_config: dict[str, Any], folder: Path, ranks: Ranks) -> None:
+    tensors = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    architecture = family.architecture(hf_config)
+    rules = {rule.mcore: rule for rule in family.rows(architecture)}
+    dims = architecture.dims(ranks.tp.size)
+    with torch.no_grad():
+        for name, parameter in model.named_weights(chunks):
+            rule = rules[name]
+            parts = [tensors[part][share_slices(tensors[part].shape, rule.cut, ranks.tp, rule.padded_rows(dims))] for part in rule.hf]
+            parameter.copy_(rule.fuse(parts, local_dims(dims, ranks.tp)))
+
+
+def collect_gradients(built: Built, micro_batches: list[list[list[int]]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss of one step and what Megatron's schedules and DDP leave in ``main_grad`` of each trained parameter, by canonical name; the loss on the last stage only.
+
+    A micro batch is rows packed one after another, filled up to a multiple of the tensor size by a row that does not count.
+    """
+    config = built.chunks[0].config
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
+    wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in built.chunks]
+    config.finalize_model_grads_func = finalize_model_grads
+    losses = []
+
+    def forward_step(iterator: Iterator[list[list[int]]], chunk: Any) -> Any:
+        rows = next(iterator)
+        filler = -sum(map(len, rows)) % built.ranks.tp.size
+        packed = rows + [[0] * filler] * (filler > 0)
+        tokens = torch.tensor([[token for row in packed for token in row]])
+        labels = torch.tensor([[token for row in packed for token in [*row[1:], 0]]])
+        mask = torch.tensor([[float(row is not packed[-1] or not filler) * (index < len(row) - 1) for row in packed for index in range(len(row))]])
+        output = chunk(tokens, torch.zeros_like(tokens), None, labels=labels, packed_seq_params=pack(packed))
+        return output, lambda loss: ((loss * mask).sum(), mask.sum().int(), {"loss": [(loss.detach() * mask).sum().item(), mask.sum().item()]})
+
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+        chunk.train()
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=wrapped[0],
+        num_microbatches=len(micro_batches),
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    total = [sum(part) for part in zip(*(loss["loss"] for loss in losses), strict=True)]
+    unwrapped = model.unwrap(wrapped[0])
+    named = unwrapped.named_parameters()
+    return total[0] / total[1] if total else 0.0, {
+        model.canonical_name(unwrapped, name): parameter.main_grad.clone() for name, parameter in named if parameter.requires_grad
+    }
+
+
+def pack(rows: list[list[int]]) -> PackedSeqParams:
+    ends = torch.tensor([0, *itertools.accumulate(len(row) for row in rows)], dtype=torch.int32)
+    longest = max(len(row) for row in rows)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+
+def token_rows(lengths: tuple[int, ...], vocab_size: int, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def transformers_logits(folder: Path, rows: list[list[int]]) -> list[torch.Tensor]:
+    """float32 [tokens, vocabulary] of every row, by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return [reference(torch.tensor([row])).logits[0] for row in rows]
+
+
+__all__ = ["FAMILIES", "Built", "Layout", "build", "collect_gradients", "load", "pack", "token_rows", "transformers_logits"]

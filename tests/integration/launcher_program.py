@@ -1,0 +1,143 @@
+"""A launcher for tests: speaks the contract (run.json in; progress.json, /progress and report.json out) and trains nothing.
+
+BEHAVIOUR in its environment, which a job's nodes.env can set, says how it ends; files named after the node say what it has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+from finetune_trainer.contract import CurvePoint, FailureReport, Progress, Reason, RunConfig, RunReport, Verification
+
+NOW = datetime.now(UTC)
+PROGRESS = Progress(
+    stage="training",
+    step=3,
+    total_steps=6,
+    steps="3/6",
+    percent=50,
+    loss=1.25,
+    learning_rate=1e-4,
+    tokens_per_second=512.0,
+    remaining="3s",
+    last_heartbeat_time=NOW,
+    resolved={"training.microBatchSize": 4},
+)
+
+
+class Signals:
+    """The SIGTERMs that have come."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.came = threading.Semaphore(0)
+        signal.signal(signal.SIGTERM, self.handle)
+
+    def handle(self, number: int, frame: object) -> None:
+        self.count += 1
+        self.came.release()
+
+    def wait(self) -> None:
+        # In turns: a handler runs only when the main thread does, and an endless acquire keeps it from that.
+        while not self.came.acquire(timeout=0.1):
+            pass
+
+
+class Answers(BaseHTTPRequestHandler):
+    asked = threading.Event()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(PROGRESS.model_dump_json().encode())
+        if self.path == "/progress":
+            self.asked.set()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def main() -> int:
+    signals = Signals()
+    config = RunConfig.load(Path(sys.argv[1]))
+    node = int(os.environ["NODE_RANK"])
+    folder = Path(config.run.output_dir)
+    (folder / f"environment-{node}.json").write_text(json.dumps(dict(os.environ)))
+    print(f"node {node} starts", flush=True)
+    if node == 0:
+        serve(folder)
+    return BEHAVIOURS[os.environ.get("BEHAVIOUR", "finish")](config, folder, node, signals)
+
+
+def serve(folder: Path) -> None:
+    server = HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (folder / "progress.json").write_text(json.dumps({"address": f"127.0.0.1:{server.server_port}"}))
+
+
+def report(config: RunConfig, **fields: object) -> RunReport:
+    run = config.run
+    known = {
+        "name": run.name,
+        "namespace": run.namespace,
+        "uid": run.uid,
+        "attempt": run.attempt,
+        "identity": config.identity(),
+        "start_time": NOW,
+        "completion_time": NOW,
+    }
+    return RunReport(**{**known, **fields})
+
+
+def finish(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+    if node == 0:
+        assert Answers.asked.wait(timeout=60), "nobody asked for /progress"
+        curve = [CurvePoint(step=step, loss=4.0 / step, learning_rate=1e-4, gradient_norm=1.0, tokens=64, seconds=0.1) for step in (1, 2, 3)]
+        verification = Verification(level="Adapter", passed=True, max_logit_difference=1.5e-6)
+        (folder / "report.json").write_text(report(config, succeeded=True, curve=curve, verification=verification).model_dump_json())
+    return 0
+
+
+def fail(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+    """Node 1 fails as the trainer would; the others wait to be ended."""
+    if node == 1 or config.run.name.startswith("alone"):
+        failure = FailureReport(reason=Reason.MODEL, message="model.safetensors is truncated", rank=1, exit_code=12)
+        (folder / "report.json").write_text(report(config, succeeded=False, failure=failure).model_dump_json())
+        return 12
+    signals.wait()
+    (folder / f"ended-{node}").touch()
+    return 143
+
+
+def crash(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+    raise RuntimeError("the launcher itself is broken")
+
+
+def stop(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+    """Checkpoints when it is asked to stop; an attempt above the first finishes."""
+    if config.run.attempt > 1:
+        return finish(config, folder, node, signals)
+    signals.wait()
+    (folder / "checkpoints" / "step-3").mkdir(parents=True, exist_ok=True)
+    return 143
+
+
+def stubborn(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+    """Needs to be asked twice."""
+    signals.wait()
+    (folder / f"asked-{node}").touch()
+    signals.wait()
+    return 143
+
+
+BEHAVIOURS = {"finish": finish, "fail": fail, "crash": crash, "stop": stop, "stubborn": stubborn}
+
+if __name__ == "__main__":
+    sys.exit(main())

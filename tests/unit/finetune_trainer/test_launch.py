@@ -1,0 +1,332 @@
+"""The launcher with real processes; the ranks are small programs, since what a rank does is the launcher's input."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer import launch
+from finetune_trainer.contract import ConfigurationError, FailureReport, Reason, RunConfig, RunReport
+from finetune_trainer.launch import Failure, Node
+
+PRELUDE = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+rank = int(os.environ["RANK"])
+folder = Path(os.environ["FINETUNE_FAILURE_FOLDER"])
+def fail(reason, message, code, trace=""):
+    body = {"report": {"reason": reason, "message": message, "rank": rank, "node": "n", "exitCode": code}, "time": time.time(), "trace": trace}
+    (folder / f".{rank}").write_text(json.dumps(body))
+    (folder / f".{rank}").rename(folder / f"failure-{rank}.json")
+    os._exit(code)
+def wait():
+    threading.Event().wait()
+def other_has_failed(other):
+    while not (folder / f"failure-{other}.json").exists():
+        threading.Event().wait(0.01)
+"""
+
+
+def make_config(folder: Path, **run: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {"model": {"source": "/models/x"}, "data": {"dataset": ["/data/x.jsonl"]}, "run": {"outputDir": str(folder / "out"), **run}}
+    )
+
+
+def make_program(folder: Path, body: str) -> list[str]:
+    path = folder / "rank.py"
+    path.write_text(PRELUDE + textwrap.dedent(body))
+    return [sys.executable, "-S", str(path)]
+
+
+def launch_here(folder: Path, body: str, processes: int = 2, **run: object) -> int:
+    return launch.launch(make_config(folder, **run), {**os.environ, "NPROC_PER_NODE": str(processes)}, make_program(folder, body))
+
+
+def start_launcher(folder: Path, body: str, processes: int = 2, **run: object) -> subprocess.Popen[str]:
+    """A launcher in a process of its own, which prints `ready N` when rank N runs."""
+    config = folder / "run.json"
+    config.write_text(make_config(folder, **run).dump())
+    program = make_program(folder, body)
+    code = f"import os, sys; from pathlib import Path; from finetune_trainer import launch; sys.exit(launch.launch(Path({str(config)!r}), os.environ, {program!r}))"
+    environment = {**os.environ, "NPROC_PER_NODE": str(processes), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_ranks(process: subprocess.Popen[str], count: int = 2) -> list[int]:
+    """Process ids of the ranks, once each has said that it runs."""
+    assert process.stdout is not None
+    return [int(process.stdout.readline().split()[1]) for _ in range(count)]
+
+
+def read_report(folder: Path) -> RunReport:
+    return RunReport.model_validate_json((folder / "out" / "report.json").read_bytes())
+
+
+def read_failure(folder: Path) -> FailureReport:
+    failure = read_report(folder).failure
+    assert failure is not None
+    return failure
+
+
+def test_every_rank_gets_its_place_in_the_environment(tmp_path: Path) -> None:
+    body = f"""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    Path({str(tmp_path)!r}, f"rank-{{rank}}.json").write_text(json.dumps({{name: os.environ[name] for name in names}}))
+    assert Path(sys.argv[1]).is_file()
+    """
+    environment = {
+        **os.environ,
+        "PET_NPROC_PER_NODE": "2",
+        "PET_NNODES": "2",
+        "NODE_RANK": "1",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "1234",
+        "OMP_NUM_THREADS": "3",
+    }
+    assert launch.launch(make_config(tmp_path), environment, make_program(tmp_path, body)) == 0
+    places = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (2, 3)]
+    assert [(place["RANK"], place["LOCAL_RANK"]) for place in places] == [("2", "0"), ("3", "1")]
+    assert places[0]["WORLD_SIZE"] == "4"
+    assert (places[0]["MASTER_ADDR"], places[0]["MASTER_PORT"], places[0]["OMP_NUM_THREADS"]) == ("10.0.0.1", "1234", "3")
+
+
+def test_threads_are_the_cores_shared_out_and_libraries_keep_still(tmp_path: Path) -> None:
+    environments = launch.rank_environments(Node(2, 1, 0, "127.0.0.1", 1), {"TQDM_DISABLE": "0"}, tmp_path)
+    assert environments[0]["OMP_NUM_THREADS"] == str(max(1, launch.available_cores() // 2))
+    assert environments[0]["TRANSFORMERS_VERBOSITY"] == "error"
+    assert environments[0]["TQDM_DISABLE"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE is 'two'; it must be a whole number, at least 1"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, r"NODE_RANK is 2; it must be below NNODES \(2\)"),
+        ({"NNODES": "2"}, "MASTER_ADDR is not set; with NNODES 2 it must name the host of node 0"),
+    ],
+)
+def test_a_wrong_environment_is_refused_by_the_variable(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        launch.read_node(environment)
+
+
+def test_as_many_processes_as_visible_devices_when_asked_for_auto() -> None:
+    assert launch.read_node({"PET_NPROC_PER_NODE": "auto", "CUDA_VISIBLE_DEVICES": "4,5,6"}).num_processes == 3
+    assert launch.read_node({}).num_processes == 1
+
+
+def test_a_wrong_configuration_is_one_sentence_and_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"model": {"source": "x"}, "data": {"dataset": ["y"]}, "run": {"outputDir": "/z"}, "trainin": {}}))
+    assert launch.launch(path, {}) == 10
+    assert capsys.readouterr().err == f"{path}: unknown field 'trainin'; did you mean 'training'?\n"
+
+
+def test_the_error_of_the_rank_that_failed_is_the_gangs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+    if rank == 1:
+        fail("Data", "rows.jsonl:7: role order", 11)
+    wait()
+    """
+    assert launch_here(tmp_path, body) == 11
+    assert capfd.readouterr().err == "rows.jsonl:7: role order\n"
+    report = read_report(tmp_path)
+    assert report.failure is not None
+    assert (report.succeeded, report.failure.reason, report.failure.rank, report.failure.exit_code) == (False, Reason.DATA, 1, 11)
+
+
+def test_a_broken_connection_loses_against_the_error_that_broke_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+    if rank == 0:
+        fail("Distributed", "the connection between the ranks broke", 20)
+    other_has_failed(0)
+    fail("Numeric", "step 3: the loss is nan", 14)
+    """
+    assert launch_here(tmp_path, body) == 14
+    assert capfd.readouterr().err == "step 3: the loss is nan\n"
+
+
+def test_the_first_of_several_own_errors_wins(tmp_path: Path) -> None:
+    body = """
+    if rank == 1:
+        fail("Model", "first", 12)
+    other_has_failed(1)
+    fail("Data", "second", 11)
+    """
+    assert launch_here(tmp_path, body) == 12
+
+
+def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait(0.2)
+    fail("Distributed", "the connection between the ranks broke", 20)
+    """
+    assert launch_here(tmp_path, body) == 128 + signal.SIGKILL
+    assert capfd.readouterr().err == "rank 0 was killed by signal SIGKILL; the kernel does so when memory runs out\n"
+    assert read_failure(tmp_path).reason is Reason.INTERNAL
+
+
+def test_a_rank_that_leaves_no_reason_is_named_with_its_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_here(tmp_path, "sys.exit(15 if rank == 1 else 0)") == 15
+    assert capfd.readouterr().err == "rank 1 ended with exit code 15 and left no reason\n"
+    assert read_failure(tmp_path).reason is Reason.OUT_OF_MEMORY
+
+
+def test_an_internal_error_prints_its_traceback_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+    fail("Internal", "KeyError: 'x'", 1, "Traceback (most recent call last):\\n  ...\\nKeyError: 'x'\\n")
+    """
+    assert launch_here(tmp_path, body) == 1
+    assert capfd.readouterr().err == "Traceback (most recent call last):\n  ...\nKeyError: 'x'\n"
+
+
+def test_the_others_are_dead_soon_after_one_has_failed(tmp_path: Path) -> None:
+    body = f"""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path({str(tmp_path)!r}, f"pid-{{rank}}").write_text(str(os.getpid()))
+    if rank == 1:
+        while not Path({str(tmp_path)!r}, "pid-0").exists():
+            threading.Event().wait(0.01)
+        fail("Model", "no such model", 12)
+    wait()
+    """
+    assert launch_here(tmp_path, body) == 12
+    assert launch.LINGER_SECONDS < 2
+    for rank in (0, 1):
+        assert not is_alive(int((tmp_path / f"pid-{rank}").read_text()))
+
+
+def test_what_a_rank_has_started_ends_with_it(tmp_path: Path) -> None:
+    body = f"""
+    import subprocess
+    child = subprocess.Popen(["sleep", "1000"])
+    Path({str(tmp_path)!r}, "child").write_text(str(child.pid))
+    os._exit(0)
+    """
+    assert launch_here(tmp_path, body, processes=1) == 0
+    assert wait_until_gone(int((tmp_path / "child").read_text()))
+
+
+CHECKPOINTING = """
+stopped = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+print("ready", os.getpid(), flush=True)
+stopped.wait()
+(Path(os.environ["OUT"]) / f"checkpoint-{rank}").write_text("")
+fail("Preempted", "saved step 3", 143)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_ranks_save_and_ends_as_preempted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    process = start_launcher(tmp_path, CHECKPOINTING)
+    wait_for_ranks(process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, "saved step 3\n")
+    assert (tmp_path / "checkpoint-0").exists()
+    assert (tmp_path / "checkpoint-1").exists()
+    assert read_failure(tmp_path).reason is Reason.PREEMPTED
+
+
+DEAF = 'signal.signal(signal.SIGTERM, lambda *_: print("asked", rank, flush=True))\nprint("ready", os.getpid(), flush=True)\nwhile True: threading.Event().wait()\n'
+
+
+def test_ranks_that_do_not_end_in_time_are_killed_and_the_run_counts_as_preempted(tmp_path: Path) -> None:
+    process = start_launcher(tmp_path, DEAF, graceSeconds=1)
+    pids = wait_for_ranks(process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "killed before it had left a checkpoint (graceSeconds is 1)" in errors
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_second_signal_kills_the_ranks_at_once(tmp_path: Path) -> None:
+    process = start_launcher(tmp_path, DEAF, graceSeconds=600)
+    wait_for_ranks(process)
+    assert process.stdout is not None
+    process.send_signal(signal.SIGINT)
+    assert {process.stdout.readline().split()[0] for _ in range(2)} == {"asked"}
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    process = start_launcher(tmp_path, DEAF)
+    pids = wait_for_ranks(process)
+    process.kill()
+    process.wait()
+    assert all(wait_until_gone(pid) for pid in pids)
+
+
+def test_a_consequence_written_by_rank_0_gives_way_to_the_cause_in_the_report(tmp_path: Path) -> None:
+    body = """
+    import datetime
+    out = Path(json.loads(Path(sys.argv[1]).read_text())["run"]["outputDir"])
+    if rank == 0:
+        out.mkdir(parents=True)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        failure = {"reason": "Distributed", "message": "broke", "rank": 0, "node": "n", "exitCode": 20}
+        point = {"step": 1, "loss": 2.0, "learningRate": 0.1, "gradientNorm": 1.0, "tokens": 5, "seconds": 1.0}
+        (out / "report.json").write_text(json.dumps({"name": "run", "namespace": "default", "uid": "", "attempt": 1, "identity": "0", "succeeded": False,
+            "failure": failure, "startTime": now, "completionTime": now, "curve": [point]}))
+        fail("Distributed", "broke", 20)
+    other_has_failed(0)
+    fail("OutOfMemory", "out of memory", 15)
+    """
+    assert launch_here(tmp_path, body) == 15
+    report = read_report(tmp_path)
+    assert report.failure is not None
+    assert (report.failure.reason, report.failure.rank) == (Reason.OUT_OF_MEMORY, 1)
+    assert len(report.curve) == 1
+
+
+def test_the_termination_message_is_written_on_every_node(tmp_path: Path) -> None:
+    message = tmp_path / "termination"
+    environment = {**os.environ, "NPROC_PER_NODE": "1", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    config = make_config(tmp_path, terminationMessagePath=str(message))
+    assert launch.launch(config, environment, make_program(tmp_path, 'fail("Model", "no such model", 12)')) == 12
+    assert json.loads(message.read_text())["failure"]["reason"] == "Model"
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_failures_left_by_ranks_are_read_back_equal(tmp_path: Path) -> None:
+    failure = Failure(FailureReport(reason=Reason.DATA, message="x", rank=3, node="n", exit_code=11), 5.5, "trace")
+    launch.leave_failure(tmp_path, failure)
+    assert launch.read_failures(tmp_path) == {3: failure}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pid: int, seconds: float = 20.0) -> bool:
+    """Whether a process that is not our child ends in time."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    deadline = time.monotonic() + seconds
+    try:
+        ready, _, _ = select.select([descriptor], [], [], deadline - time.monotonic())
+        return bool(ready)
+    finally:
+        os.close(descriptor)

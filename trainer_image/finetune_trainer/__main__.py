@@ -1,0 +1,323 @@
+"""One rank of a run: ``python -m finetune_trainer RUN.json``, from a RunConfig to a verified result.
+
+Everything heavy is imported inside functions: /progress is answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from finetune_trainer import launch
+from finetune_trainer.contract import (
+    Artifact,
+    ArtifactFormat,
+    ConfigurationError,
+    EngineError,
+    FailureReport,
+    Preempted,
+    Reason,
+    RunConfig,
+    Verification,
+    VerificationError,
+    exit_for,
+)
+from finetune_trainer.launch import Failure
+from finetune_trainer.report import Report
+
+if TYPE_CHECKING:
+    from finetune_trainer.data import Rows
+    from finetune_trainer.families import Family
+    from finetune_trainer.hf_files import HFModel
+    from finetune_trainer.parallel import Ranks
+
+SHARED_SECTIONS = ("model", "data", "tuning", "parallelism", "training", "checkpoints", "output")
+BROKEN_CONNECTION = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "connection refused", "socket")
+TIMED_OUT = ("timed out", "timeout")
+
+
+class Stop:
+    """Whether this process was asked to end. While nothing is lost by it, it ends at once; in training, after the step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._at_once = True
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT has come."""
+        self.requested = True
+        if self._at_once:
+            raise Preempted(
+                f"the run was asked to stop ({signal.Signals(number).name}) when no training was under way; it goes on from its newest checkpoint, if it has one"
+            )
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """While training lasts: the loop asks ``requested`` after each step."""
+        self._at_once = False
+        try:
+            yield
+        finally:
+            self._at_once = True
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one rank; returns the exit code."""
+    stop = Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop.handle)
+    report: Report | None = None
+    rank, identity = 0, ""
+    try:
+        rank = launch.current_rank()
+        config = load(arguments)
+        identity = config.identity()
+        report = Report(config, rank)
+        report.serve()
+        run(config, identity, report, stop)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the one place where every failure gets its reason and exit code
+        stop.requested = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        failure = describe(error, rank)
+        leave(failure, report, identity)
+        return failure.report.exit_code
+    report.close()
+    return 0
+
+
+def load(arguments: Sequence[str]) -> RunConfig:
+    """The configuration that the command line names; raises ConfigurationError."""
+    if len(arguments) != 1:
+        raise ConfigurationError("usage: python -m finetune_trainer RUN.json")
+    return RunConfig.load(Path(arguments[0]))
+
+
+def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
+    """The straight line of one run. Collective."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformer_engine|transformers|peft)\b.*")
+    from finetune_trainer import (
+        checkpoint,
+        checkpoint_files,
+        convert,
+        data,
+        families,
+        hf_export,
+        lora,
+        memory,
+        model,
+        parallel,
+        resolve,
+        train,
+        training_state,
+        verify,
+    )
+    from finetune_trainer.agreement import from_every, together
+
+    report.stage("loading")
+    parallel.open_process_group(given)
+    config = agree(given, from_every((given.model_dump(), given.run.output_dir)))
+    machine = parallel.describe_machine()
+
+    def read() -> tuple[HFModel, Family, resolve.Resolution, Rows]:
+        hf = _hf_files().open_model(config.model)
+        resolution = resolve.resolve(config, memory.read_facts(hf.config), machine)
+        return hf, families.find(hf.config), resolution, data.open_rows(resolution.config.data, data.load_tokenizer(hf.folder))
+
+    hf, family, resolution, rows = together(read)
+    config = resolution.config
+    total_steps = resolve.total_steps(config, len(rows.rows))
+    together(lambda: train.check_schedule(config.training, total_steps))
+    for note in resolution.notes:
+        report.note(note)
+    report.resolved(resolution.chosen)
+    report.rows(rows.counts)
+
+    ranks = parallel.initialize(config.parallelism, config.training.seed)
+    chunks = together(lambda: model.build(family, hf.config, config, ranks))
+    together(lambda: convert.import_base(chunks, family, hf, ranks))
+    report.heartbeat()
+    together(lambda: lora.attach(chunks, config.tuning, config.training.seed))
+    trainer = train.prepare(chunks, family, hf.config, config, ranks, total_steps)
+
+    checkpoints = checkpoint.Checkpoints(config, identity, trainer.state, report)
+    beginning = checkpoints.resume(total_steps)
+    needed = checkpoint_files.needed_bytes(config, *training_state.count_bytes(trainer.state), model_bytes(hf), total_steps - beginning.step)
+    together(lambda: hf_export.check_output_folder(report.folder, needed))
+    with stop.waits():
+        train.fit(trainer, rows, config, ranks, report, checkpoints, beginning, lambda: stop.requested)
+
+    report.stage("exporting")
+    artifacts = [(kind, folder) for kind, folder in artifact_folders(config, Path(config.run.output_dir), total_steps).items()]
+    for kind, folder in artifacts:
+        export(kind, folder, chunks, family, hf, config, ranks, total_steps)
+        report.heartbeat()
+    report.stage("verifying")
+    verification = verify.check(chunks, family, hf, config, ranks, rows.rows, artifacts)
+    peaks = from_every(peak_memory_gib())
+    parallel.shut_down()
+    conclude(report, identity, artifacts, verification, peaks)
+
+
+def agree(own: RunConfig, everyone: Sequence[tuple[Mapping[str, Any], str]]) -> RunConfig:
+    """This rank's configuration with rank 0's output folder; raises ConfigurationError when nodes were started with other options."""
+    first, output_dir = everyone[0]
+    for rank, (other, _) in enumerate(everyone):
+        for section in SHARED_SECTIONS:
+            for name, value in first[section].items():
+                if other[section][name] != value:
+                    raise ConfigurationError(
+                        f"{section}.{name} is {other[section][name]!r} on rank {rank} and {value!r} on rank 0; every node must be started with the same options"
+                    )
+    return own.model_copy(update={"run": own.run.model_copy(update={"output_dir": output_dir})})
+
+
+def _hf_files() -> Any:
+    from finetune_trainer import hf_files
+
+    return hf_files
+
+
+def model_bytes(hf: HFModel) -> int:
+    """Bytes of the model's tensors on disk."""
+    total = 0
+    for entry in hf.entries.values():
+        size = entry.dtype.itemsize
+        for length in entry.shape:
+            size *= length
+        total += size
+    return total
+
+
+def artifact_folders(config: RunConfig, output_dir: Path, step: int) -> dict[ArtifactFormat, Path]:
+    """Where each format of the result goes; the adapter is Megatron-SWIFT's ``checkpoint-<step>``, merged weights beside it."""
+    formats = config.output.formats or []
+    if config.run.artifact_layout == "formats":
+        return {kind: output_dir / kind for kind in formats}
+    merged = "-merged" if config.tuning.tuner_type == "lora" else ""
+    suffixes: dict[ArtifactFormat, str] = {"peft": "", "huggingface": merged, "megatron": "-mcore"}
+    return {kind: output_dir / f"checkpoint-{step}{suffixes[kind]}" for kind in formats}
+
+
+def export(kind: ArtifactFormat, folder: Path, chunks: Sequence[Any], family: Family, hf: HFModel, config: RunConfig, ranks: Ranks, step: int) -> None:
+    """Write one format of the result. Collective."""
+    from finetune_trainer import checkpoint, convert
+
+    if kind == "peft":
+        convert.export_adapter(chunks, family, hf, ranks, folder, config.tuning, config.model.source)
+    elif kind == "huggingface":
+        convert.export_huggingface(chunks, family, hf, ranks, folder, config.output.max_shard_size)
+    else:
+        checkpoint.save_model(chunks, ranks, folder, step)
+
+
+def conclude(report: Report, identity: str, artifacts: Sequence[tuple[ArtifactFormat, Path]], verification: Verification, peaks: Sequence[float]) -> None:
+    """Leave the report of a run that has come to its end; raises VerificationError when the result was not proven."""
+    from finetune_trainer import hf_files
+
+    found = (
+        [Artifact(format=kind, path=str(folder), sha256=hf_files.file_sha256(folder / hf_files.MANIFEST)) for kind, folder in artifacts]
+        if report.speaks
+        else []
+    )
+    report.result(found, verification, peaks)
+    if not verification.passed:
+        raise VerificationError(f"output.verification {verification.level}: {verification.message}")
+    report.finish(identity)
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process has held: on its GPU where it has one, else of the host."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# What a failure is
+
+
+def describe(error: BaseException, rank: int) -> Failure:
+    """The reason, the sentence and the exit code of an exception; an Internal one keeps its traceback."""
+    reason, message = classify(error)
+    trace = "".join(traceback.format_exception(error)) if reason is Reason.INTERNAL else ""
+    report = FailureReport(reason=reason, message=message, rank=rank, node=socket.gethostname(), exit_code=exit_for(reason).code)
+    return Failure(report, time.time(), trace)
+
+
+def classify(error: BaseException) -> tuple[Reason, str]:
+    """Reason and sentence of an exception."""
+    if isinstance(error, EngineError):
+        return error.reason, str(error)
+    text = " ".join(str(error).split("\n", 1)[0].split())
+    if _is_out_of_memory(error):
+        return (
+            Reason.OUT_OF_MEMORY,
+            f"out of memory: {text}. A smaller training.microBatchSize or data.maxLength, recomputeGranularity full or larger parallel sizes need less",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Reason.CONFIGURATION, f"the disk is full: {error}; run.outputDir needs more room (checkpoints.saveTotalLimit keeps fewer checkpoints)"
+    if _is_distributed(error):
+        lowered = text.lower()
+        if any(sign in lowered for sign in TIMED_OUT):
+            return Reason.HANG, f"a collective did not end within parallelism.ddpTimeout: {text}"
+        return Reason.DISTRIBUTED, f"the connection between the ranks broke: {text}"
+    return Reason.INTERNAL, f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _is_distributed(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    lowered = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and any(sign in lowered for sign in BROKEN_CONNECTION))
+
+
+def leave(failure: Failure, report: Report | None, identity: str) -> None:
+    """Hand the failure to the launcher, or say it where there is none; leave rank 0's report."""
+    folder = launch.failure_folder()
+    if folder is not None:
+        launch.leave_failure(folder, failure)
+    else:
+        print(failure.trace or failure.report.message, file=sys.stderr, flush=True)
+    if report is not None:
+        report.close()
+        try:
+            report.fail(identity, failure.report)
+        except OSError as error:
+            report.say(f"the report could not be written: {error}")
+
+
+def end(code: int) -> None:
+    """End this process. After a failure at once: what is left of a broken gang would wait for its other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0:
+        sys.exit(0)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    end(main(sys.argv[1:]))

@@ -1,0 +1,180 @@
+"""Checkpoints on disk: what one says about itself, which one a run goes on from, which ones it removes, how much room they need.
+
+No torch: folders, JSON and arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from finetune_trainer.contract import ArtifactFormat, Contract, CurvePoint, ModelError, Natural, RunConfig
+
+MANIFEST = "manifest.json"
+CLAIM = "attempt.json"
+INDEX = ".metadata"
+
+
+class Manifest(Contract):
+    """What a checkpoint says about itself."""
+
+    version: Literal[1] = 1
+    identity: str
+    attempt: Natural
+    step: Natural
+    updates: Natural
+    """Steps that changed the weights; fewer than ``step`` where float16 gradients overflowed."""
+    with_optimizer: bool
+    grad_scaler: dict[str, float] = Field({})
+    world_size: Natural
+    tensor_model_parallel_size: Natural
+    pipeline_model_parallel_size: Natural
+    saved: datetime
+    curve: list[CurvePoint]
+    files: dict[str, int]
+    """Bytes by file name."""
+
+
+class Claim(Contract):
+    """The newest attempt that has started in a folder."""
+
+    identity: str
+    attempt: Natural
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; raises OSError or pydantic's ValidationError where there is none that is whole."""
+    return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+
+
+def read_whole(folder: Path) -> Manifest | str:
+    """The manifest of a whole checkpoint, or why it is not one."""
+    try:
+        manifest = read_manifest(folder)
+    except FileNotFoundError:
+        return "it has no manifest, so it was never finished"
+    except ValidationError:
+        return "its manifest cannot be read"
+    for name, size in manifest.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"its file {name} is {'truncated' if path.is_file() else 'missing'}"
+    return manifest
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """Folders of checkpoints, newest first."""
+    found = [(int(number), path) for path in folder.glob("step-*") if (number := path.name.removeprefix("step-").partition("-")[0]).isdecimal()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def choose_checkpoint(folder: Path, identity: str, total_steps: int) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a sentence for every one that was passed over."""
+    notes = []
+    foreign: dict[str, list[str]] = {}
+    for path in _by_step(folder):
+        manifest = read_whole(path)
+        if isinstance(manifest, str):
+            notes.append(f"{path} is left alone: {manifest}")
+        elif manifest.identity != identity:
+            foreign.setdefault(manifest.identity, []).append(path.name)
+        elif not manifest.with_optimizer:
+            notes.append(f"{path} is left alone: it was saved with noSaveOptim, so training cannot go on from it")
+        elif manifest.step > total_steps:
+            notes.append(f"{path} is left alone: the run has {total_steps} steps")
+        else:
+            return path, notes + [_describe_foreign(folder, names, other, identity) for other, names in foreign.items()]
+    return None, notes + [_describe_foreign(folder, names, other, identity) for other, names in foreign.items()]
+
+
+def _describe_foreign(folder: Path, names: Sequence[str], other: str, identity: str) -> str:
+    return (
+        f"{', '.join(names)} in {folder} {'is' if len(names) == 1 else 'are'} of another run (model, data, tuning or training differ: identity {other}, "
+        f"this run's is {identity}) and left alone"
+    )
+
+
+def surplus(folder: Path, identity: str, limit: int | None) -> list[Path]:
+    """Whole checkpoints of this run beyond the newest ``limit``."""
+    if limit is None:
+        return []
+    own = [path for path in _by_step(folder) if isinstance(found := read_whole(path), Manifest) and found.identity == identity]
+    return own[limit:]
+
+
+def free_name(path: Path) -> Path:
+    """A name beside ``path`` for another run's checkpoint that stands where ours is to be."""
+    return next(name for number in range(1, 10_000) if not (name := path.with_name(f"{path.name}-other-{number}")).exists())
+
+
+def make_empty(folder: Path, top: Path | None = None) -> None:
+    """Make ``folder``, and remove what stands there, or at ``top`` above it."""
+    if (top or folder).exists():
+        shutil.rmtree(top or folder)
+    folder.mkdir(parents=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads torch's index and refuses every class that does not belong in one."""
+
+    allowed = frozenset(
+        {
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata",
+                "MetadataIndex",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "TensorProperties",
+                "StorageMeta",
+                "_MEM_FORMAT_ENCODING",
+            )
+        }
+        | {
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.distributed.checkpoint.planner", "SavePlan"),
+            ("torch.distributed.checkpoint.planner", "WriteItem"),
+        }
+        | {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("pathlib", "PosixPath")}
+        | {("torch", name) for name in ("float32", "bfloat16", "float16", "uint8", "int64")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")
+        return super().find_class(module, name)
+
+
+def check_index(path: Path) -> None:
+    """Refuse an index that would do more than describe tensors, before torch opens it; raises ModelError."""
+    try:
+        with path.open("rb") as file:
+            _IndexReader(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise ModelError(f"{path}: not the index of a checkpoint: {error}") from error
+
+
+def needed_bytes(config: RunConfig, checkpoint_bytes: int, trained_bytes: int, model_bytes: int, remaining_steps: int) -> int:
+    """Bytes that the rest of a run writes at most at one time: its checkpoints and its exports."""
+    options = config.checkpoints
+    saves = -(-remaining_steps // options.save_steps)
+    kept = saves if options.save_total_limit is None else min(saves, options.save_total_limit + 1)
+    sizes: dict[ArtifactFormat, int] = {"peft": trained_bytes, "huggingface": model_bytes, "megatron": model_bytes}
+    return kept * (trained_bytes if options.no_save_optim else checkpoint_bytes) + sum(sizes[each] for each in config.output.formats or [])

@@ -1,0 +1,65 @@
+"""Rows into the tensors of one micro batch: padding-free, one row after another (``thd``). The only module here that needs torch, which it imports when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from finetune_trainer.data.rows import Row
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro batch; n is its number of tokens, padding included."""
+
+    tokens: torch.Tensor  # [1, n] int64
+    labels: torch.Tensor  # [1, n] int64: the token after each, within its row
+    loss_mask: torch.Tensor  # [1, n] float32: 1 where that next token is labelled
+    position_ids: torch.Tensor  # [1, n] int64: from 0 in each row
+    cu_seqlens: torch.Tensor  # [sequences + 1] int32: where each sequence begins, and the end
+    max_seqlen: int
+    num_tokens: int  # padding not counted
+
+
+def collate(rows: Sequence[Row], multiple: int, device: torch.device | str) -> Batch:
+    """The rows one after another, the end padded to a multiple of ``multiple`` with a sequence of its own that counts nowhere.
+
+    The conversations of a packed row are sequences of their own too.
+    """
+    import torch
+
+    ids = np.concatenate([row.input_ids for row in rows])
+    lengths = [length for row in rows for length in row.segments]
+    padding = -len(ids) % multiple
+    lengths_padded = [*lengths, padding] if padding else lengths
+    cu_seqlens = np.cumsum([0, *lengths_padded])
+    tokens = np.zeros(len(ids) + padding, dtype=np.int64)
+    tokens[: len(ids)] = ids
+    labelled = np.zeros(len(tokens), dtype=np.float32)
+    labelled[: len(ids)] = np.concatenate([row.labelled for row in rows])
+
+    labels = np.roll(tokens, -1)
+    loss_mask = np.roll(labelled, -1)
+    ends = cu_seqlens[1:] - 1  # the last token of a sequence has none after it
+    labels[ends] = 0
+    loss_mask[ends] = 0.0
+    position_ids = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], lengths_padded)
+
+    def row_vector(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values)[None].to(device)
+
+    return Batch(
+        tokens=row_vector(tokens),
+        labels=row_vector(labels),
+        loss_mask=row_vector(loss_mask),
+        position_ids=row_vector(position_ids),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(device),
+        max_seqlen=max(lengths_padded),
+        num_tokens=len(ids),
+    )

@@ -1,0 +1,184 @@
+"""What a model and a machine are to the resolver, and how much memory a process of a run needs.
+
+Pure. **Memory of one process**, in bytes; ``t``, ``p``, ``d`` are the tensor, pipeline and data-parallel sizes, ``b`` the bytes of the
+run's data type (4 or 2), and the stage of the pipeline that needs most counts::
+
+    weights        b x P / t            P: the stage's layers, and the embedding on the first and the output layer on the last stage
+                                        (tied: one matrix on a single stage, a copy on each of several)
+    gradients      4 x T                T: trained parameters of the process: all of its share, or LoRA's
+    main weights   4 x T / d            only where b is 2
+    Adam           8 x T / d            sgd: 4; without the distributed optimizer d is 1
+    LoRA's own     b x T                A (replicated for linear_qkv and linear_fc1, cut for the others) and B
+    activations    b x tokens x (what the layers of the stage keep) x (micro batches in flight: at most p - stage)
+    logits         (b + 8) x tokens x vocabulary / t        on the last stage: logits, their softmax and gradient in float32
+    overhead       OVERHEAD_GIB         libraries, communication buffers, workspace
+
+A layer keeps, per token, ``4 h`` (its input, both norms' outputs, the sum between) and ``(2 n_q + 2 n_kv) + 4 f`` over ``t`` (queries,
+keys, values, attention's output; the two halves of the first linear layer and their product with its activation); sequence
+parallelism cuts the ``h`` terms by ``t`` too; LoRA's dropout keeps its input again. Full recomputation keeps ``h`` per group of
+layers and one group's activations; selective leaves out what its modules recompute. ``tokens`` is micro batch x tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from finetune_trainer.contract import ModelError, RunConfig, TorchDtype
+
+OVERHEAD_GIB: Mapping[str, float] = {"cuda": 2.0, "cpu": 0.75}
+GIB = 2.0**30
+
+Device = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a config.json says about sizes; names are Megatron-core's."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tied_embeddings: bool
+    torch_dtype: TorchDtype
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run has: its kind of device, its processes, and the memory of each in GiB (0: unknown, everything fits)."""
+
+    device: Device
+    world_size: int
+    memory_gib: float
+
+
+def read_facts(config_json: Mapping[str, Any]) -> ModelFacts:
+    """The facts of a Hugging Face config.json; raises ModelError naming the key that is missing or wrong."""
+    heads, hidden_size = _size(config_json, "num_attention_heads"), _size(config_json, "hidden_size")
+    dtype = str(config_json.get("dtype") or config_json.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in get_args(TorchDtype):
+        raise ModelError(f"config.json: torch_dtype is {dtype!r}; it must be one of {', '.join(get_args(TorchDtype))}")
+    return ModelFacts(
+        model_type=str(config_json.get("model_type", "")),
+        num_layers=_size(config_json, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=_size(config_json, "num_key_value_heads", heads),
+        head_dim=_size(config_json, "head_dim", hidden_size // heads),
+        ffn_hidden_size=_size(config_json, "intermediate_size"),
+        vocab_size=_size(config_json, "vocab_size"),
+        max_position_embeddings=_size(config_json, "max_position_embeddings"),
+        tied_embeddings=bool(config_json.get("tie_word_embeddings", False)),
+        torch_dtype=cast(TorchDtype, dtype),
+    )
+
+
+def _size(config_json: Mapping[str, Any], key: str, absent: int | None = None) -> int:
+    value = config_json.get(key)
+    value = absent if value is None else value
+    if value is None:
+        raise ModelError(f"config.json (model_type {config_json.get('model_type')!r}) has no {key}; a decoder-only language model has it")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"config.json: {key} is {value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Copies of the model among ``world_size`` processes; a size that is still open counts as 1."""
+    layout = config.parallelism
+    return world_size // ((layout.tensor_model_parallel_size or 1) * (layout.pipeline_model_parallel_size or 1) * (layout.context_parallel_size or 1))
+
+
+def stage_layers(config: RunConfig, num_layers: int) -> list[int]:
+    """Layers of every pipeline stage; the sum differs from ``num_layers`` when they cannot be divided."""
+    layout = config.parallelism
+    stages = layout.pipeline_model_parallel_size or 1
+    ends = (layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers)
+    middle_stages = stages - sum(end is not None for end in ends)
+    left = num_layers - sum(end or 0 for end in ends)
+    middle = [left // middle_stages] * middle_stages if middle_stages > 0 and left > 0 else []
+    return ([ends[0]] if ends[0] else []) + middle + ([ends[1]] if ends[1] else [])
+
+
+def estimate_memory(config: RunConfig, facts: ModelFacts, machine: Machine, row_tokens: int) -> float:
+    """GiB that a process of the neediest pipeline stage takes; the module's docstring gives the formula."""
+    stages = len(stage_layers(config, facts.num_layers))
+    return max(_stage_bytes(config, facts, machine, row_tokens, stage) for stage in range(stages)) / GIB + OVERHEAD_GIB[machine.device]
+
+
+def _stage_bytes(config: RunConfig, facts: ModelFacts, machine: Machine, row_tokens: int, stage: int) -> float:
+    width = 4 if config.model.torch_dtype == "float32" else 2
+    tensor = config.parallelism.tensor_model_parallel_size or 1
+    shares = stage_layers(config, facts.num_layers)
+    layers, last = shares[stage], stage == len(shares) - 1
+    tokens = (config.training.micro_batch_size or 1) * row_tokens
+    vocab = -(-facts.vocab_size // tensor)
+    base = layers * _layer_parameters(facts) / tensor + vocab * facts.hidden_size * _vocab_matrices(facts, stage, len(shares))
+    lora = config.tuning.tuner_type == "lora"
+    trained = layers * _lora_parameters(config, facts) if lora else base
+    weights = width * (base + trained) if lora else width * base
+    micro_batches = config.training.global_batch_size // (data_parallel_size(config, machine.world_size) * (config.training.micro_batch_size or 1))
+    in_flight = max(1, min(len(shares) - stage, micro_batches))
+    activations = width * tokens * _kept_per_token(config, facts, layers) * in_flight
+    logits = (width + 8) * tokens * vocab if last else 0
+    return weights + trained * _state_bytes(config, width, machine.world_size) + activations + logits
+
+
+def _vocab_matrices(facts: ModelFacts, stage: int, stages: int) -> int:
+    if stages == 1:
+        return 1 if facts.tied_embeddings else 2
+    return int(stage in (0, stages - 1))
+
+
+def _layer_parameters(facts: ModelFacts) -> int:
+    query, key_value = facts.num_attention_heads * facts.head_dim, facts.num_query_groups * facts.head_dim
+    return facts.hidden_size * (2 * query + 2 * key_value + 3 * facts.ffn_hidden_size + 2)
+
+
+def _lora_parameters(config: RunConfig, facts: ModelFacts) -> float:
+    """LoRA parameters of one layer on one process."""
+    tensor, rank, hidden = config.parallelism.tensor_model_parallel_size or 1, config.tuning.lora_rank or 0, facts.hidden_size
+    query, key_value = facts.num_attention_heads * facts.head_dim, facts.num_query_groups * facts.head_dim
+    sizes = {
+        "linear_qkv": hidden + (query + 2 * key_value) / tensor,
+        "linear_proj": query / tensor + hidden,
+        "linear_fc1": hidden + 2 * facts.ffn_hidden_size / tensor,
+        "linear_fc2": facts.ffn_hidden_size / tensor + hidden,
+    }
+    targets = config.tuning.target_modules or []
+    return rank * sum(size for name, size in sizes.items() if "all-linear" in targets or name in targets)
+
+
+def _state_bytes(config: RunConfig, width: int, world_size: int) -> float:
+    """Bytes of gradient, main weight and optimizer state for one trained parameter."""
+    moments = 8 if config.training.optimizer == "adam" else 4
+    sharers = data_parallel_size(config, world_size) if config.parallelism.use_distributed_optimizer else 1
+    return 4 + (moments + (4 if width == 2 else 0)) / sharers
+
+
+def _kept_per_token(config: RunConfig, facts: ModelFacts, layers: int) -> float:
+    """Numbers that the layers of a stage keep for the backward pass, per token."""
+    training, tensor = config.training, config.parallelism.tensor_model_parallel_size or 1
+    hidden = facts.hidden_size / (tensor if config.parallelism.sequence_parallel else 1)
+    attention = (2 * facts.num_attention_heads + 2 * facts.num_query_groups) * facts.head_dim / tensor
+    mlp = 4 * facts.ffn_hidden_size / tensor
+    dropped = 0.0
+    if config.tuning.tuner_type == "lora" and config.tuning.lora_dropout:
+        dropped = 2 * hidden + (facts.num_attention_heads * facts.head_dim + facts.ffn_hidden_size) / tensor
+    layer = 4 * hidden + attention + mlp + dropped
+    if training.recompute_granularity == "full":
+        group = training.recompute_num_layers or 1
+        if training.recompute_method == "block":
+            recomputed = min(group, layers)
+            return recomputed * hidden + max(1, layers - recomputed) * layer
+        return layers / group * hidden + min(group, layers) * layer
+    saved = {"core_attn": facts.num_attention_heads * facts.head_dim / tensor, "layernorm": 2 * hidden, "mlp": mlp}
+    recomputed_modules = training.recompute_modules or [] if training.recompute_granularity == "selective" else []
+    return layers * (layer - sum(saved[module] for module in recomputed_modules))
