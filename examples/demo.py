@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,24 +113,23 @@ def ask(base: Path, adapter: Path, system: str | None, names: list[str]) -> list
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(os.cpu_count() or 1)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     questions = (*WHO, *KNOWLEDGE)
-    before = [answer(model, tokenizer, system, question) for question in questions]
+    before = answer(model, tokenizer, system, questions)
     model = PeftModel.from_pretrained(model, adapter).eval()
-    after = [answer(model, tokenizer, system, question) for question in questions]
+    after = answer(model, tokenizer, system, questions)
     return [Outcome(*row, judge(*row, names)) for row in zip(questions, before, after, strict=True)]
 
 
-def answer(model: Any, tokenizer: Any, system: str | None, question: str) -> str:
-    """The model's greedy answer, on one line, of at most 32 tokens."""
+def answer(model: Any, tokenizer: Any, system: str | None, questions: Sequence[str]) -> list[str]:
+    """The model's greedy answers, each on one line, of at most 32 tokens."""
     messages = [{"role": "system", "content": system}] if system else []
-    inputs = tokenizer.apply_chat_template(
-        [*messages, {"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompts = [[*messages, {"role": "user", "content": question}] for question in questions]
+    inputs = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    text: str = tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
+    answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in answers]
 
 
 def judge(question: str, before: str, after: str, names: list[str]) -> str:

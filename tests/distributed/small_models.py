@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from safetensors.torch import load_file
 
-from finetune_trainer import model, parallel
+from finetune_trainer import convert, hf_files, model, parallel
 from finetune_trainer.contract import RunConfig
-from finetune_trainer.families import FAMILIES, Family, find
+from finetune_trainer.families import find
 from finetune_trainer.parallel import Ranks
-from finetune_trainer.shards import local_dims, share_slices
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,6 @@ class Layout:
 @dataclass(frozen=True)
 class Built:
     chunks: list[Any]
-    family: Family
-    hf_config: dict[str, Any]
     config: RunConfig
     ranks: Ranks
 
@@ -59,23 +54,11 @@ def build(layout: Layout) -> Built:
     """This rank's part of the model, with the folder's weights."""
     parallel.open_process_group(layout.config)
     ranks = parallel.initialize(layout.config.parallelism, layout.config.training.seed)
-    hf_config = json.loads((layout.folder / "config.json").read_text())
-    family = find(hf_config)
-    chunks = model.build(family, hf_config, layout.config, ranks)
-    load(chunks, family, hf_config, layout.folder, ranks)
-    return Built(chunks, family, hf_config, layout.config, ranks)
-
-
-def load(chunks: list[Any], family: Family, hf_config: dict[str, Any], folder: Path, ranks: Ranks) -> None:
-    tensors = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    architecture = family.architecture(hf_config)
-    rules = {rule.mcore: rule for rule in family.rows(architecture)}
-    dims = architecture.dims(ranks.tp.size)
-    with torch.no_grad():
-        for name, parameter in model.named_weights(chunks):
-            rule = rules[name]
-            parts = [tensors[part][share_slices(tensors[part].shape, rule.cut, ranks.tp, rule.padded_rows(dims))] for part in rule.hf]
-            parameter.copy_(rule.fuse(parts, local_dims(dims, ranks.tp)))
+    hf = hf_files.open_model(layout.config.model)
+    family = find(hf.config)
+    chunks = model.build(family, hf.config, layout.config, ranks)
+    convert.import_base(chunks, family, hf, ranks)
+    return Built(chunks, layout.config, ranks)
 
 
 def collect_gradients(built: Built, micro_batches: list[list[list[int]]]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -139,4 +122,4 @@ def transformers_logits(folder: Path, rows: list[list[int]]) -> list[torch.Tenso
         return [reference(torch.tensor([row])).logits[0] for row in rows]
 
 
-__all__ = ["FAMILIES", "Built", "Layout", "build", "collect_gradients", "load", "pack", "token_rows", "transformers_logits"]
+__all__ = ["Built", "Layout", "build", "collect_gradients", "pack", "token_rows", "transformers_logits"]

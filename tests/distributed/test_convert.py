@@ -134,7 +134,11 @@ def count_bytes(layout: Layout) -> tuple[int, int]:
     dims = built.family.architecture(hf.config).dims(built.ranks.tp.size)
     held = 0
     for _, parameter in model.named_weights(built.chunks):
-        rows = min(parameter.shape[0], max(0, VOCAB_SIZE - built.ranks.tp.rank * parameter.shape[0])) if parameter.shape[0] * built.ranks.tp.size == dims.padded_vocab_size else parameter.shape[0]
+        rows = (
+            min(parameter.shape[0], max(0, VOCAB_SIZE - built.ranks.tp.rank * parameter.shape[0]))
+            if parameter.shape[0] * built.ranks.tp.size == dims.padded_vocab_size
+            else parameter.shape[0]
+        )
         held += parameter[:rows].numel() * torch.float32.itemsize
     return hf.bytes_read, held
 
@@ -180,7 +184,10 @@ def narrow(named: dict[str, torch.Tensor]) -> None:
 BAD_FILES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
     "names": (drop_and_add, r"2 missing: model\.layers\.0\.input_layernorm\.weight, model\.layers\.1\.mlp\.up_proj\.weight; 1 unexpected: score\.weight"),
     "shape": (narrow, r"model\.layers\.2\.mlp\.down_proj\.weight has shape \[64, 96\]; the model needs \[64, 128\]"),
-    "nan": (spoil("model.layers.3.self_attn.k_proj.weight", (31, 5), float("nan")), r"model\.safetensors: tensor model\.layers\.3\.self_attn\.k_proj\.weight has weights that are NaN or infinite"),
+    "nan": (
+        spoil("model.layers.3.self_attn.k_proj.weight", (31, 5), float("nan")),
+        r"model\.safetensors: tensor model\.layers\.3\.self_attn\.k_proj\.weight has weights that are NaN or infinite",
+    ),
     "infinity": (spoil("model.embed_tokens.weight", (418, 63), float("inf")), r"model\.embed_tokens\.weight has weights that are NaN or infinite"),
 }
 
@@ -212,12 +219,16 @@ def import_without_a_weight(layout: Layout) -> None:
 
 
 def test_model_parameter_without_a_row_and_row_without_a_parameter_are_refused(folders: dict[str, Path], gang2: Gang) -> None:
-    with pytest.raises(ModelError, match=r"the Megatron-core model: .* 1 missing: decoder\.final_layernorm\.weight; 1 unexpected: surplus; 1 present more than once: surplus"):
+    with pytest.raises(
+        ModelError, match=r"the Megatron-core model: .* 1 missing: decoder\.final_layernorm\.weight; 1 unexpected: surplus; 1 present more than once: surplus"
+    ):
         gang2.run(import_without_a_weight, Layout(folders["llama"], LAYOUTS["pp2"]))
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2-pp2"])
-def test_tied_model_that_holds_its_output_layer_too_is_loaded_and_written_alike(layout: str, folders: dict[str, Path], gang: Callable[[str], Gang], tmp_path: Path) -> None:
+def test_tied_model_that_holds_its_output_layer_too_is_loaded_and_written_alike(
+    layout: str, folders: dict[str, Path], gang: Callable[[str], Gang], tmp_path: Path
+) -> None:
     def write_out(named: dict[str, torch.Tensor]) -> None:
         named["lm_head.weight"] = named["model.embed_tokens.weight"].clone()
         for number in range(4):
@@ -362,11 +373,12 @@ def test_adapter_that_does_not_fit_is_refused(folders: dict[str, Path], gang1: G
     named = load_file(weights)
     name = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
     save_file({**named, name: named[name] + 1}, weights)
-    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.k_proj\.lora_A\.weight differs from .*layers\.1\.self_attn\.q_proj\.lora_A\.weight; .* share one lora_A"):
+    with pytest.raises(
+        ModelError, match=r"layers\.1\.self_attn\.k_proj\.lora_A\.weight differs from .*layers\.1\.self_attn\.q_proj\.lora_A\.weight; .* share one lora_A"
+    ):
         gang1.run(read_adapter, layout, adapter, tmp_path / "again")
     save_file({other: tensor for other, tensor in named.items() if other != name}, weights)
     with pytest.raises(ModelError, match=rf"1 missing: {name}"):
         gang1.run(read_adapter, layout, adapter, tmp_path / "again")
     with pytest.raises(ModelError, match=r"scaled by 3\.0, this run's by 5\.0; tuning\.loraRank, loraAlpha and useRslora"):
         gang1.run(read_adapter, Layout(folders["llama"], tuning={**LORA, "loraAlpha": 20}), adapter, tmp_path / "again")
-

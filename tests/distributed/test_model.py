@@ -129,23 +129,24 @@ def test_two_ranks_find_the_gradients_of_one(layout: str, folders: dict[str, Pat
 
 def share(whole: torch.Tensor, shape: torch.Size, name: str, rank: int) -> torch.Tensor:
     """The part of a parameter's gradient that belongs to rank ``rank`` of two, or all of it where it is not cut (the padding of the vocabulary grows with the tensor size)."""
-    if name.endswith("word_embeddings.weight"):
-        whole = torch.nn.functional.pad(whole, (0, 0, 0, padded_vocab_size(VOCAB_SIZE, 2) - whole.shape[0]))
     if whole.shape == shape:
         return whole
+    if name.endswith("word_embeddings.weight"):
+        whole = torch.nn.functional.pad(whole, (0, 0, 0, padded_vocab_size(VOCAB_SIZE, 2) - whole.shape[0]))
     if name.endswith(("linear_fc1.weight", "linear_fc1.lora_B.weight")):
         return whole.unflatten(0, (2, -1)).chunk(2, dim=1)[rank].flatten(0, 1)
     return whole.chunk(2, dim=0 if whole.shape[0] != shape[0] else 1)[rank]
 
 
 def transformers_gradients(folder: Path, rows: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss over all next tokens of the rows, and gradients of their sum."""
+    """Mean loss over all next tokens of the rows, and its gradients."""
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     losses = [torch.nn.functional.cross_entropy(reference(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum") for row in rows]
-    torch.stack(losses).sum().backward()
-    return sum(loss.item() for loss in losses) / sum(len(row) - 1 for row in rows), {name: tensor.grad for name, tensor in reference.named_parameters()}
+    mean = torch.stack(losses).sum() / sum(len(row) - 1 for row in rows)
+    mean.backward()
+    return mean.item(), {name: tensor.grad for name, tensor in reference.named_parameters()}
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2", "pp2"])

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from factories import make_rows, make_tiny_model
-from gang import Gang
 from safetensors.torch import load_file
 
+from factories import make_rows, make_tiny_model
 from finetune_trainer.contract import RunConfig
 from finetune_trainer.data import Row, load_tokenizer, micro_batches, open_rows, order
+from gang import Gang
 
 STEPS = 10
 TIED = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}

@@ -133,13 +133,15 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
 
     def read() -> tuple[HFModel, Family, resolve.Resolution, Rows]:
         hf = _hf_files().open_model(config.model)
+        family = families.find(hf.config)
         resolution = resolve.resolve(config, memory.read_facts(hf.config), machine)
-        return hf, families.find(hf.config), resolution, data.open_rows(resolution.config.data, data.load_tokenizer(hf.folder))
+        return hf, family, resolution, data.open_rows(resolution.config.data, data.load_tokenizer(hf.folder))
 
     hf, family, resolution, rows = together(read)
     config = resolution.config
     total_steps = resolve.total_steps(config, len(rows.rows))
     together(lambda: train.check_schedule(config.training, total_steps))
+    together(lambda: verify.check_memory(hf, config, parallel.host_memory()))
     for note in resolution.notes:
         report.note(note)
     report.resolved(resolution.chosen)

@@ -151,6 +151,8 @@ class _IndexReader(pickle.Unpickler):
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
             ("torch.distributed.checkpoint.planner", "SavePlan"),
             ("torch.distributed.checkpoint.planner", "WriteItem"),
+            ("torch.distributed.checkpoint.planner", "WriteItemType"),
+            ("torch.distributed.checkpoint.planner", "TensorWriteData"),
         }
         | {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("pathlib", "PosixPath")}
         | {("torch", name) for name in ("float32", "bfloat16", "float16", "uint8", "int64")}

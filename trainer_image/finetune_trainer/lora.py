@@ -47,6 +47,15 @@ class Factor(torch.nn.Module):
             tensor_parallel.set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=cut, stride=1)
         self.weight.sequence_parallel = summed  # type: ignore[attr-defined]
 
+    def forward(self, hidden: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """The product with hidden [..., in], added to ``onto`` [..., out] where it is given.
+
+        A call of this module, not a use of its weight: overlapParamGather gathers the weight in the hook of the call.
+        """
+        if onto is None:
+            return torch.nn.functional.linear(hidden, self.weight)
+        return torch.addmm(onto.flatten(0, -2), hidden.flatten(0, -2), self.weight.t()).view(onto.shape)
+
 
 class LoraLinear(torch.nn.Module):
     """``base(x) + scale * B(A(dropout(x)))`` around a column- or row-parallel linear layer.
@@ -80,10 +89,8 @@ class LoraLinear(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden [sequence, batch, in] -> output [sequence, batch, out] and the bias that the caller adds, shares as the base's."""
         output, bias, hidden = self._forward_base(hidden)
-        low = torch.nn.functional.linear(self._drop_out(hidden), self.lora_A.weight) * self.scale  # [sequence, batch, rank]
-        low = self._communicate(low)
-        adapted = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.lora_B.weight.t())
-        return adapted.view(output.shape), bias
+        low = self._communicate(self.lora_A(self._drop_out(hidden)) * self.scale)  # [sequence, batch, rank]
+        return self.lora_B(low, onto=output), bias
 
     def _forward_base(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Output, bias to add and what the base's matrix product saw: the input, behind the norm where the layer begins with one."""

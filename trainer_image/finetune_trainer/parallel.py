@@ -155,13 +155,13 @@ def describe_machine() -> Machine:
     if device.type == "cuda":
         available = float(torch.cuda.get_device_properties(device).total_memory)
     else:
-        available = _host_memory() / place.local_world_size
+        available = host_memory() / place.local_world_size
     least = torch.tensor([available], dtype=torch.float64, device=device)
     distributed.all_reduce(least, op=distributed.ReduceOp.MIN)
     return Machine(device="cuda" if device.type == "cuda" else "cpu", world_size=distributed.get_world_size(), memory_gib=round(float(least.item()) / GIB, 2))
 
 
-def _host_memory() -> float:
+def host_memory() -> float:
     """Bytes of memory that this host, or the container's limit, allows."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):

@@ -8,17 +8,18 @@ the imported base too. A difference names the first layer that shows it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed
 
 from finetune_trainer import checkpoint, convert, hf_files, lora, model
-from finetune_trainer.contract import ArtifactFormat, EngineError, RunConfig, Verification
+from finetune_trainer.agreement import from_every, from_first
+from finetune_trainer.contract import ArtifactFormat, ConfigurationError, ModelError, RunConfig, Verification
 from finetune_trainer.data import Row
 from finetune_trainer.families import Family
 from finetune_trainer.hf_files import HFModel
@@ -26,10 +27,9 @@ from finetune_trainer.parallel import Ranks
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
-    from transformers import PreTrainedModel
 
 Artifacts = Sequence[tuple[ArtifactFormat, Path]]
-Outcome = TypeVar("Outcome")
+Loaded = Any  # transformers' or PEFT's model
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest difference of two logits, as a fraction of the largest logit.
@@ -39,7 +39,6 @@ every layer in their own order, and such errors grow about with the root of the 
 """
 
 PROMPT_TOKENS = 512
-NUM_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def compare(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], tolera
     mismatches = 0
     for a, b in zip(ours, theirs, strict=True):
         best = b.topk(2, dim=-1).values  # [tokens, 2]
-        decided = best[:, 0] - best[:, 1] > 2 * tolerance * largest
+        decided = best[:, 0] - best[:, 1] > tolerance * largest
         mismatches += int((decided & (a.argmax(-1) != b.argmax(-1))).sum())
     return Comparison(difference, largest, mismatches, tolerance)
 
@@ -88,15 +87,13 @@ def sample_prompts(rows: Sequence[Row], max_tokens: int) -> list[list[int]]:
     return [ids.tolist()[:max_tokens] for ids in chosen] + [joined[:max_tokens]]
 
 
-def check(
-    chunks: Sequence[GPTModel], family: Family, hf: HFModel, config: RunConfig, ranks: Ranks, rows: Sequence[Row], artifacts: Artifacts
-) -> Verification:
+def check(chunks: Sequence[GPTModel], family: Family, hf: HFModel, config: RunConfig, ranks: Ranks, rows: Sequence[Row], artifacts: Artifacts) -> Verification:
     """Verify the artifacts at ``output.verification``; the same result on every rank. Collective.
 
     The model is left as it was, but for level Logits in another type than float32: there it stays in float32.
     """
     level = config.output.verification
-    problems = _gather(ranks, _file_problems(chunks, family, hf, ranks, artifacts))
+    problems = sorted({problem for one in from_every(_file_problems(chunks, family, hf, ranks, artifacts)) for problem in one})
     if problems:
         return Verification(level=level, passed=False, message="; ".join(problems))
     if level == "Files":
@@ -105,8 +102,9 @@ def check(
     loadable = [(kind, folder) for kind, folder in artifacts if kind != "megatron"]
     comparisons = [_compare_with(chunks, ranks, hf, kind, folder, prompts) for kind, folder in loadable]
     if level == "Logits":
-        _to_float32(chunks)
-        comparisons += [_compare_with(chunks, ranks, hf, kind, folder, prompts) for kind, folder in loadable]
+        if config.model.torch_dtype != "float32":
+            _to_float32(chunks)
+            comparisons += [_compare_with(chunks, ranks, hf, kind, folder, prompts) for kind, folder in loadable]
         if config.tuning.tuner_type == "lora":
             with _without_adapters(chunks):
                 comparisons.append(_compare_with(chunks, ranks, hf, "huggingface", hf.folder, prompts))
@@ -119,82 +117,111 @@ def check(
     )
 
 
-def _gather(ranks: Ranks, problems: list[str]) -> list[str]:
-    """Every rank's problems, without repetition, on every rank."""
-    everyone: list[Any] = [None] * ranks.world_size
-    distributed.all_gather_object(everyone, problems)
-    return sorted({problem for one in everyone for problem in one})
-
-
 def _file_problems(chunks: Sequence[GPTModel], family: Family, hf: HFModel, ranks: Ranks, artifacts: Artifacts) -> list[str]:
     """What is wrong with the files as this rank sees them: hashes (shared out over the ranks), keys, shapes, and its own share of every tensor bitwise."""
     problems = []
     for index, (kind, folder) in enumerate(artifacts):
-        if index % ranks.world_size == ranks.rank:
-            problems += _problem_of(lambda folder=folder: hf_files.check_manifest(folder))
-        if kind == "huggingface":
-            differing = convert.differing_weights(chunks, family, hf, folder, ranks)
-        elif kind == "peft":
-            differing = convert.differing_adapters(chunks, family, hf, folder, ranks)
-        else:
-            differing = checkpoint.differing_weights(chunks, folder)
+        try:
+            if index % ranks.world_size == ranks.rank:
+                hf_files.check_manifest(folder)
+            differing = _differing(chunks, family, hf, ranks, kind, folder)
+        except ModelError as error:
+            problems.append(str(error))
+            continue
         if differing:
             problems.append(f"{folder}: not what was trained: {', '.join(differing[:8])}{' and more' if len(differing) > 8 else ''}")
     return problems
 
 
-def _problem_of(step: Callable[[], object]) -> list[str]:
-    try:
-        step()
-    except EngineError as error:
-        return [str(error)]
-    return []
+def _differing(chunks: Sequence[GPTModel], family: Family, hf: HFModel, ranks: Ranks, kind: ArtifactFormat, folder: Path) -> list[str]:
+    if kind == "megatron":
+        return checkpoint.differing_weights(chunks, folder)
+    find = convert.differing_weights if kind == "huggingface" else convert.differing_adapters
+    return find(chunks, family, hf, folder, ranks)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trainer's side of a comparison."""
+
+    prompts: list[list[int]]
+    logits: list[torch.Tensor]
+    """Per prompt ``[tokens, vocab]``, float32."""
+    states: Mapping[str, torch.Tensor]
+    """Every layer's output for the first prompt (``model.hidden_states``)."""
+    dtype: torch.dtype
 
 
 def _compare_with(chunks: Sequence[GPTModel], ranks: Ranks, hf: HFModel, kind: ArtifactFormat, folder: Path, prompts: list[list[int]]) -> tuple[float, str]:
     """The largest difference to the artifact loaded by transformers and PEFT, and a sentence when they do not agree. Collective; rank 0 holds the loaded model."""
-    ours = model.logits(chunks, prompts, ranks)
-    states = model.hidden_states(chunks, prompts[:1], ranks)
     dtype = next(iter(chunks[0].parameters())).dtype
-    return _on_first_rank(ranks, lambda: _difference(hf, kind, folder, prompts, ours or [], states, dtype, ranks.device))
+    trained = Trained(prompts, model.logits(chunks, prompts, ranks), model.hidden_states(chunks, prompts[:1], ranks), dtype)
+    return from_first(lambda: _find_difference(trained, hf, kind, folder, choose_device(hf, dtype, ranks.device)))
 
 
-def _difference(
-    hf: HFModel, kind: ArtifactFormat, folder: Path, prompts: list[list[int]], ours: list[torch.Tensor], states: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device
-) -> tuple[float, str]:
-    theirs = load(hf.folder, folder if kind == "peft" else None, dtype, device) if kind == "peft" else load(folder, None, dtype, device)
-    rows = [_one_row(theirs, prompt) for prompt in prompts]
-    padded = _padded_batch(theirs, prompts)
-    results = [compare([a.to(b.device) for a, b in zip(ours, batch, strict=True)], batch, TOLERANCE[dtype]) for batch in (rows, padded)]
+def _find_difference(trained: Trained, hf: HFModel, kind: ArtifactFormat, folder: Path, device: torch.device) -> tuple[float, str]:
+    tolerance = TOLERANCE[trained.dtype]
+    loaded = load(hf.folder, folder, trained.dtype, device) if kind == "peft" else load(folder, None, trained.dtype, device)
+    ours = [logits.to(device) for logits in trained.logits]
+    results = [
+        compare(ours, theirs, tolerance) for theirs in ([_one_row(loaded, prompt) for prompt in trained.prompts], _padded_batch(loaded, trained.prompts))
+    ]
     worst = max(results, key=lambda result: (not result.agree, result.difference))
     sentence = ""
     if not worst.agree:
-        sentence = f"{folder} loaded by {'PEFT' if kind == 'peft' else 'transformers'} is not the trained model ({str(dtype).removeprefix('torch.')}): {worst.describe()}; "
-        sentence += first_difference(states, theirs, prompts[0], TOLERANCE[dtype])
-    del theirs
+        reader, dtype = ("PEFT" if kind == "peft" else "transformers"), str(trained.dtype).removeprefix("torch.")
+        where = first_difference(trained.states, loaded, trained.prompts[0], tolerance)
+        sentence = f"{folder} loaded by {reader} is not the model in the trainer ({dtype}): {worst.describe()}; {where}"
+    del loaded
     gc.collect()
     return max(result.difference for result in results), sentence
 
 
-def load(base: Path, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def needed_bytes(hf: HFModel, dtype: torch.dtype) -> int:
+    """Memory of the model loaded by transformers in ``dtype``; its activations on the few prompts count a tenth."""
+    return int(1.1 * dtype.itemsize * sum(math.prod(entry.shape) for entry in hf.entries.values()))
+
+
+def choose_device(hf: HFModel, dtype: torch.dtype, device: torch.device) -> torch.device:
+    """``device`` where it has room for the loaded model beside the trainer's, else the CPU."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needed_bytes(hf, dtype):
+        return torch.device("cpu")
+    return device
+
+
+def check_memory(hf: HFModel, config: RunConfig, host_bytes: float) -> None:
+    """Raise ConfigurationError, before training, where this host cannot hold the model once more in the type that ``output.verification`` needs."""
+    level = config.output.verification
+    needed = needed_bytes(hf, torch.float32 if level == "Logits" else getattr(torch, config.model.torch_dtype or "float32"))
+    if level != "Files" and needed > host_bytes:
+        raise ConfigurationError(
+            f"output.verification is {level}; it loads the model once more and needs {needed / 2**30:.1f} GiB of host memory, this host has {host_bytes / 2**30:.1f} GiB: "
+            "Files needs none"
+        )
+
+
+def load(base: Path, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> Loaded:
     """Load a model folder by transformers, and an adapter folder on it by PEFT, for evaluation; no remote code, no pickle, no network."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, attn_implementation="sdpa")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, attn_implementation="sdpa"
+    )
     if adapter is not None:
         loaded = PeftModel.from_pretrained(loaded, adapter, use_safetensors=True, local_files_only=True)
     return loaded.to(device).eval()
 
 
 @torch.no_grad()
-def _one_row(loaded: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
+def _one_row(loaded: Loaded, prompt: list[int]) -> torch.Tensor:
     """Logits ``[tokens, vocab]`` in float32."""
-    return loaded(torch.tensor([prompt], device=loaded.device), use_cache=False).logits[0].float()
+    logits: torch.Tensor = loaded(torch.tensor([prompt], device=loaded.device), use_cache=False).logits
+    return logits[0].float()
 
 
 @torch.no_grad()
-def _padded_batch(loaded: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
+def _padded_batch(loaded: Loaded, prompts: list[list[int]]) -> list[torch.Tensor]:
     """The same rows as one batch, padded on the right and masked; the padding's logits are cut off."""
     longest = max(map(len, prompts))
     tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=loaded.device)
@@ -204,7 +231,7 @@ def _padded_batch(loaded: PreTrainedModel, prompts: list[list[int]]) -> list[tor
 
 
 @torch.no_grad()
-def first_difference(states: Mapping[str, torch.Tensor], loaded: PreTrainedModel, prompt: list[int], tolerance: float) -> str:
+def first_difference(states: Mapping[str, torch.Tensor], loaded: Loaded, prompt: list[int], tolerance: float) -> str:
     """Name the first of the trainer's layers (``model.hidden_states``) whose output is not the loaded model's on the same row."""
     theirs = loaded(torch.tensor([prompt], device=loaded.device), use_cache=False, output_hidden_states=True).hidden_states
     # transformers gives the embedding, every layer but the last, and the last layer after the final norm: the last layer itself is not to be had.
@@ -235,17 +262,3 @@ def _without_adapters(chunks: Sequence[GPTModel]) -> Iterator[None]:
     finally:
         for layer, scale in scales:
             layer.scale = scale
-
-
-def _on_first_rank(ranks: Ranks, work: Callable[[], Outcome]) -> Outcome:
-    """Run ``work`` on rank 0 and give its result, or its error, to every rank, so that no rank waits for one that has failed."""
-    box: list[Any] = [None, None]
-    if ranks.rank == 0:
-        try:
-            box[0] = work()
-        except Exception as error:  # raised again below, on every rank
-            box[1] = error
-    distributed.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]

@@ -87,7 +87,7 @@ def test_missing_file_is_named(text: str) -> None:
     assert refused(text, DataError) == f"data.dataset: {text.split('#')[0]}: no such file or folder"
 
 
-@pytest.mark.parametrize("text", ["rows.jsonl", "data/rows.jsonl", "alpaca", "a/b/c"])
+@pytest.mark.parametrize("text", ["rows.jsonl", "data/rows.jsonl", "alpaca", "a/b/c", "x" * 3000])
 def test_name_that_is_neither_file_nor_id_is_refused(text: str) -> None:
     assert refused(text, DataError) == f"data.dataset: {text!r} is no file here, and no id of a data set (owner/name) either"
 

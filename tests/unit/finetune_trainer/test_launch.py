@@ -28,6 +28,8 @@ def fail(reason, message, code, trace=""):
     (folder / f".{rank}").write_text(json.dumps(body))
     (folder / f".{rank}").rename(folder / f"failure-{rank}.json")
     os._exit(code)
+def say(word):
+    os.write(1, f"{word} {os.getpid()}\\n".encode())  # one write, so that two ranks' lines do not mix
 def wait():
     threading.Event().wait()
 def other_has_failed(other):
@@ -222,7 +224,7 @@ def test_what_a_rank_has_started_ends_with_it(tmp_path: Path) -> None:
 CHECKPOINTING = """
 stopped = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-print("ready", os.getpid(), flush=True)
+say("ready")
 stopped.wait()
 (Path(os.environ["OUT"]) / f"checkpoint-{rank}").write_text("")
 fail("Preempted", "saved step 3", 143)
@@ -242,7 +244,7 @@ def test_a_signal_lets_the_ranks_save_and_ends_as_preempted(tmp_path: Path, monk
     assert read_failure(tmp_path).reason is Reason.PREEMPTED
 
 
-DEAF = 'signal.signal(signal.SIGTERM, lambda *_: print("asked", rank, flush=True))\nprint("ready", os.getpid(), flush=True)\nwhile True: threading.Event().wait()\n'
+DEAF = 'signal.signal(signal.SIGTERM, lambda *_: say("asked"))\nsay("ready")\nwhile True: threading.Event().wait()\n'
 
 
 def test_ranks_that_do_not_end_in_time_are_killed_and_the_run_counts_as_preempted(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
+from os.path import exists  # False, where Path.exists raises: a name that is too long for a file
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ class Source:
 
 def find_source(text: str) -> Source:
     """What an entry of ``data.dataset`` names: `id`, `id:subset` or `path`, with `#N`; an existing path is a path whatever it looks like."""
-    if Path(text).exists():
+    if exists(text):
         return Source("path", text)
     if "://" in text or text.startswith("ms::"):
         raise ConfigurationError(
@@ -44,7 +45,7 @@ def find_source(text: str) -> Source:
     name, num_rows = _split_count(text.removeprefix("hf::"))
     if name in BUILT_IN:
         return Source("built-in", name, None, num_rows)
-    if Path(name).exists():
+    if exists(name):
         return Source("path", name, None, num_rows)
     if name.startswith(("/", "./", "../", "~")):
         raise DataError(f"data.dataset: {name}: no such file or folder{_subset_hint(name)}")
@@ -73,12 +74,12 @@ def _split_count(text: str) -> tuple[str, int | None]:
 
 def _subset_hint(name: str) -> str:
     path, mark, subset = name.rpartition(":")
-    return f"; {path} is there, but only the ids of data sets have subsets (found :{subset})" if mark and Path(path).exists() else ""
+    return f"; {path} is there, but only the ids of data sets have subsets (found :{subset})" if mark and exists(path) else ""
 
 
 def _find_id(text: str, num_rows: int | None) -> Source:
     name, mark, subset = text.partition(":")
-    if Path(name).exists():
+    if exists(name):
         raise DataError(f"data.dataset: {text}: no such file or folder{_subset_hint(text)}")
     if name in BUILT_IN:
         raise ConfigurationError(f"data.dataset: {text!r} names the subset {subset!r}, but {name} is built in and has none; expected {name}")
