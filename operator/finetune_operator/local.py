@@ -174,7 +174,8 @@ def _stopping_on_signals(gang: Gang, display: Display) -> Iterator[None]:
         display.say("stopping after a checkpoint; once more stops at once" if asked == 1 else "stopping at once")
         gang.stop()
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What a shell has told this process to ignore (nohup: SIGHUP) stays ignored.
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
     for number in numbers:
         loop.add_signal_handler(number, stop)
     try:

@@ -26,6 +26,7 @@ from finetune_trainer.contract import (
     Artifact,
     ArtifactFormat,
     ConfigurationError,
+    DataError,
     EngineError,
     FailureReport,
     Preempted,
@@ -115,6 +116,7 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
         data,
         families,
         hf_export,
+        hf_files,
         lora,
         memory,
         model,
@@ -132,12 +134,13 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
     machine = parallel.describe_machine()
 
     def read() -> tuple[HFModel, Family, resolve.Resolution, Rows]:
-        hf = _hf_files().open_model(config.model)
+        hf = hf_files.open_model(config.model)
         family = families.find(hf.config)
         resolution = resolve.resolve(config, memory.read_facts(hf.config), machine)
         return hf, family, resolution, data.open_rows(resolution.config.data, data.load_tokenizer(hf.folder))
 
     hf, family, resolution, rows = together(read)
+    check_same_rows(from_every(rows.digest))
     config = resolution.config
     total_steps = resolve.total_steps(config, len(rows.rows))
     together(lambda: train.check_schedule(config.training, total_steps))
@@ -157,10 +160,11 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
     checkpoints = checkpoint.Checkpoints(config, identity, trainer.state, report)
     beginning = checkpoints.resume(total_steps)
     needed = checkpoint_files.needed_bytes(config, *training_state.count_bytes(trainer.state), model_bytes(hf), total_steps - beginning.step)
-    together(lambda: hf_export.check_output_folder(report.folder, needed))
+    together(lambda: hf_export.check_output_folder(Path(config.run.output_dir), needed))
     with stop.waits():
         train.fit(trainer, rows, config, ranks, report, checkpoints, beginning, lambda: stop.requested)
 
+    checkpoints.refuse_newer_attempt()
     report.stage("exporting")
     artifacts = [(kind, folder) for kind, folder in artifact_folders(config, Path(config.run.output_dir), total_steps).items()]
     for kind, folder in artifacts:
@@ -186,10 +190,11 @@ def agree(own: RunConfig, everyone: Sequence[tuple[Mapping[str, Any], str]]) -> 
     return own.model_copy(update={"run": own.run.model_copy(update={"output_dir": output_dir})})
 
 
-def _hf_files() -> Any:
-    from finetune_trainer import hf_files
-
-    return hf_files
+def check_same_rows(digests: Sequence[str]) -> None:
+    """Raise DataError when the ranks have read different rows, as nodes do whose copies of a file differ."""
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise DataError(f"data.dataset: rank {rank} has read other rows than rank 0; every node must see the same files and the same tokenizer")
 
 
 def model_bytes(hf: HFModel) -> int:
@@ -307,7 +312,8 @@ def leave(failure: Failure, report: Report | None, identity: str) -> None:
         try:
             report.fail(identity, failure.report)
         except OSError as error:
-            report.say(f"the report could not be written: {error}")
+            if folder is None:  # else the launcher tries again, and says so
+                print(f"the report could not be written: {error}", file=sys.stderr, flush=True)
 
 
 def end(code: int) -> None:

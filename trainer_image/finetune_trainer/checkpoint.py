@@ -146,6 +146,10 @@ class Checkpoints:
         self.wait()
         _collect_results_in(asynchronous=False)
 
+    def refuse_newer_attempt(self) -> None:
+        """Raise Preempted on every rank when a newer attempt of this run has started. Collective."""
+        from_first(self._refuse_newer_attempt)
+
     def _finalize(self, *, blocking: bool) -> None:
         if self._queue is not None and self._pending:
             self._queue.maybe_finalize_async_calls(blocking=blocking)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
@@ -133,33 +133,18 @@ def sync_folder(folder: Path) -> None:
 class _IndexReader(pickle.Unpickler):
     """Reads torch's index and refuses every class that does not belong in one."""
 
-    allowed = frozenset(
-        {
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "Metadata",
-                "MetadataIndex",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "TensorProperties",
-                "StorageMeta",
-                "_MEM_FORMAT_ENCODING",
-            )
-        }
-        | {
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.distributed.checkpoint.planner", "SavePlan"),
-            ("torch.distributed.checkpoint.planner", "WriteItem"),
-            ("torch.distributed.checkpoint.planner", "WriteItemType"),
-            ("torch.distributed.checkpoint.planner", "TensorWriteData"),
-        }
-        | {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("pathlib", "PosixPath")}
-        | {("torch", name) for name in ("float32", "bfloat16", "float16", "uint8", "int64")}
-    )
+    allowed: ClassVar[Mapping[str, frozenset[str]]] = {
+        "torch": frozenset({"Size", "float32"}),
+        "torch.serialization": frozenset({"_get_layout"}),
+        "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+        "torch.distributed.checkpoint.planner": frozenset({"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"}),
+        "torch.distributed.checkpoint.metadata": frozenset(
+            {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"}
+        ),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
+        if name not in self.allowed.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")
         return super().find_class(module, name)
 

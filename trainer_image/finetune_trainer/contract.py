@@ -305,8 +305,9 @@ class RunConfig(Contract):
             raise ConfigurationError(f"cannot read the run's configuration: {error}") from error
 
     def dump(self) -> str:
-        """This configuration as JSON with camelCase names; ``load`` reads it back equal."""
-        return self.model_dump_json(indent=2, exclude_none=True)
+        """This configuration as JSON with camelCase names: what was written, without defaults; ``load`` reads it back equal."""
+        written = self.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        return json.dumps({**written, "version": self.version}, indent=2, ensure_ascii=False)
 
     def identity(self) -> str:
         """Hash of what decides the result (model, data, tuning, training, and the uid where there is one), 16 hexadecimal digits.

@@ -24,8 +24,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from pydantic import ValidationError
-
 from finetune_trainer import report
 from finetune_trainer.contract import ConfigurationError, EngineError, FailureReport, Reason, RunConfig, RunReport, exit_for, exit_of
 
@@ -36,6 +34,9 @@ LINGER_SECONDS = 1.0
 CONSEQUENCES = (Reason.DISTRIBUTED, Reason.HANG, Reason.PREEMPTED)
 """Reasons that may only be what another rank's end looks like from outside."""
 PR_SET_PDEATHSIG = 1
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
+"""A run in float32 means float32: transformer-engine's float32 products take TF32 otherwise, whose 10 bits part from transformers' logits by 5e-4."""
+
 QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
@@ -105,7 +106,7 @@ def launch(config: RunConfig | Path, environment: Mapping[str, str] | None = Non
         failure = _run([*program, str(path)], rank_environments(node, environment, folder), loaded.run.grace_seconds, folder)
     if node.rank == 0:
         with suppress(OSError):  # rank 0 may have had no time to remove it, or no folder that can be written
-            (Path(loaded.run.output_dir) / report.PROGRESS_FILE).unlink(missing_ok=True)
+            report.remove_address(loaded)
     if failure is None:
         return 0
     _tell(failure)
@@ -173,7 +174,7 @@ def _free_port() -> int:
 
 def rank_environments(node: Node, environment: Mapping[str, str], folder: Path) -> list[dict[str, str]]:
     """The environment of each rank of this node; what the user has set about threads and logging stands."""
-    defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // node.num_processes)), **QUIET}
+    defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // node.num_processes)), **EXACT, **QUIET}
     gang = {
         "WORLD_SIZE": node.num_nodes * node.num_processes,
         "LOCAL_WORLD_SIZE": node.num_processes,
@@ -369,7 +370,9 @@ def _tell(failure: Failure) -> None:
 
 def _leave_failure_report(config: RunConfig, node: Node, failure: Failure, started: datetime) -> None:
     """Put the failure into report.json (node 0) and the termination message: rank 0 may have died without, or have seen a consequence only."""
-    found = _read_report(Path(config.run.output_dir) / report.REPORT_FILE, started)
+    found = report.read_report(config)
+    if found is not None and (found.start_time < started or found.attempt != config.run.attempt):
+        found = None  # of another launch
     if found is not None and found.failure == failure.report:
         return
     now = datetime.now(UTC)
@@ -383,12 +386,3 @@ def _leave_failure_report(config: RunConfig, node: Node, failure: Failure, start
             report.leave_termination_message(whole, config)
     except OSError as error:
         print(f"the report could not be written: {error}", file=sys.stderr)
-
-
-def _read_report(path: Path, started: datetime) -> RunReport | None:
-    """The report that a rank of this launch has left, if any."""
-    try:
-        found = RunReport.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-    return found if found.start_time >= started else None

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from pydantic import ValidationError
 
 from finetune_trainer.contract import Artifact, ConfigurationError, CurvePoint, FailureReport, Progress, Reason, RunConfig, RunReport, Stage, Verification
 
@@ -111,7 +112,7 @@ class Report:
         except OSError as error:
             raise ConfigurationError(f"run.outputDir: the output folder {self.folder} cannot be written: {error.strerror or error}") from error
         address = self._listen()
-        write_atomically(self.folder / PROGRESS_FILE, json.dumps({"address": address}).encode())
+        write_atomically(self.folder / PROGRESS_FILE, json.dumps({"address": address, "attempt": self.config.run.attempt}).encode())
 
     def _listen(self) -> str:
         host, port = self.config.run.progress_host, self.config.run.progress_port
@@ -130,7 +131,7 @@ class Report:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
-            (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
+            remove_address(self.config)
 
     def progress(self) -> Progress:
         """What /progress answers now."""
@@ -252,10 +253,28 @@ def describe_run(config: RunConfig, identity: str) -> dict[str, Any]:
     return {"name": run.name, "namespace": run.namespace, "uid": run.uid, "attempt": run.attempt, "identity": identity}
 
 
+def remove_address(config: RunConfig) -> None:
+    """Remove progress.json, unless a newer attempt has written it. Raises OSError."""
+    path = Path(config.run.output_dir) / PROGRESS_FILE
+    if path.is_file() and json.loads(path.read_bytes())["attempt"] <= config.run.attempt:
+        path.unlink(missing_ok=True)
+
+
+def read_report(config: RunConfig) -> RunReport | None:
+    """The report.json that stands in the run's folder, when there is one that can be read."""
+    try:
+        return RunReport.model_validate_json((Path(config.run.output_dir) / REPORT_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
 def leave_report(report: RunReport, config: RunConfig) -> None:
-    """Write report.json, and the termination message where one is asked for. Raises OSError."""
-    Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(config.run.output_dir) / REPORT_FILE, report.model_dump_json(indent=2).encode())
+    """Write report.json, unless a newer attempt of the same job has, and the termination message where one is asked for. Raises OSError."""
+    path = Path(config.run.output_dir) / REPORT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = read_report(config)
+    if found is None or found.uid != report.uid or found.attempt <= report.attempt:
+        write_atomically(path, report.model_dump_json(indent=2).encode())
     leave_termination_message(report, config)
 
 

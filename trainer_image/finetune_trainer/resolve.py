@@ -121,7 +121,8 @@ def _drop_without_effect(config: RunConfig, machine: Machine, notes: list[str]) 
     training = config.training
     if training.cross_entropy_loss_fusion and config.model.torch_dtype == "float32":
         config = _with(config, "training", cross_entropy_loss_fusion=False)
-        notes.append("training.crossEntropyLossFusion has no effect: the run's type is float32, whose gradient the fused kernel would round to bfloat16")
+        if "cross_entropy_loss_fusion" in training.model_fields_set:
+            notes.append("training.crossEntropyLossFusion has no effect: the run's type is float32, whose gradient the fused kernel would round to bfloat16")
     if machine.device == "cpu":
         if training.attention_backend not in (None, "auto", "local"):
             notes.append(f"training.attentionBackend {training.attention_backend} has no effect: a CPU has one attention")

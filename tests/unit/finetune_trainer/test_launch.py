@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,14 +55,27 @@ def launch_here(folder: Path, body: str, processes: int = 2, **run: object) -> i
     return launch.launch(make_config(folder, **run), {**os.environ, "NPROC_PER_NODE": str(processes)}, make_program(folder, body))
 
 
-def start_launcher(folder: Path, body: str, processes: int = 2, **run: object) -> subprocess.Popen[str]:
-    """A launcher in a process of its own, which prints `ready N` when rank N runs."""
-    config = folder / "run.json"
-    config.write_text(make_config(folder, **run).dump())
-    program = make_program(folder, body)
-    code = f"import os, sys; from pathlib import Path; from finetune_trainer import launch; sys.exit(launch.launch(Path({str(config)!r}), os.environ, {program!r}))"
-    environment = {**os.environ, "NPROC_PER_NODE": str(processes), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start_launcher(tmp_path: Path) -> Iterator[Start]:
+    """Starts a launcher in a process of its own; what a failed test leaves is ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(body: str, processes: int = 2, **run: object) -> subprocess.Popen[str]:
+        config = tmp_path / "run.json"
+        config.write_text(make_config(tmp_path, **run).dump())
+        program = make_program(tmp_path, body)
+        code = f"import os, sys; from pathlib import Path; from finetune_trainer import launch; sys.exit(launch.launch(Path({str(config)!r}), os.environ, {program!r}))"
+        environment = {**os.environ, "NPROC_PER_NODE": str(processes), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        started.append(subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def wait_for_ranks(process: subprocess.Popen[str], count: int = 2) -> list[int]:
@@ -232,9 +246,11 @@ fail("Preempted", "saved step 3", 143)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_the_ranks_save_and_ends_as_preempted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+def test_a_signal_lets_the_ranks_save_and_ends_as_preempted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_launcher: Start, number: signal.Signals
+) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
-    process = start_launcher(tmp_path, CHECKPOINTING)
+    process = start_launcher(CHECKPOINTING)
     wait_for_ranks(process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -247,8 +263,8 @@ def test_a_signal_lets_the_ranks_save_and_ends_as_preempted(tmp_path: Path, monk
 DEAF = 'signal.signal(signal.SIGTERM, lambda *_: say("asked"))\nsay("ready")\nwhile True: threading.Event().wait()\n'
 
 
-def test_ranks_that_do_not_end_in_time_are_killed_and_the_run_counts_as_preempted(tmp_path: Path) -> None:
-    process = start_launcher(tmp_path, DEAF, graceSeconds=1)
+def test_ranks_that_do_not_end_in_time_are_killed_and_the_run_counts_as_preempted(start_launcher: Start) -> None:
+    process = start_launcher(DEAF, graceSeconds=1)
     pids = wait_for_ranks(process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
@@ -257,8 +273,8 @@ def test_ranks_that_do_not_end_in_time_are_killed_and_the_run_counts_as_preempte
     assert not any(is_alive(pid) for pid in pids)
 
 
-def test_a_second_signal_kills_the_ranks_at_once(tmp_path: Path) -> None:
-    process = start_launcher(tmp_path, DEAF, graceSeconds=600)
+def test_a_second_signal_kills_the_ranks_at_once(start_launcher: Start) -> None:
+    process = start_launcher(DEAF, graceSeconds=600)
     wait_for_ranks(process)
     assert process.stdout is not None
     process.send_signal(signal.SIGINT)
@@ -268,8 +284,8 @@ def test_a_second_signal_kills_the_ranks_at_once(tmp_path: Path) -> None:
     assert process.returncode == 143
 
 
-def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
-    process = start_launcher(tmp_path, DEAF)
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(start_launcher: Start) -> None:
+    process = start_launcher(DEAF)
     pids = wait_for_ranks(process)
     process.kill()
     process.wait()

@@ -92,6 +92,19 @@ def test_the_address_is_gone_when_the_run_has_ended(report: Report) -> None:
     assert not (report.folder / "progress.json").exists()
 
 
+def test_an_older_attempt_leaves_a_newer_ones_address_and_report(tmp_path: Path) -> None:
+    newer, older = (Report(make_config(tmp_path / "out", attempt=attempt), rank=0) for attempt in (2, 1))
+    older.serve()
+    newer.serve()
+    address = (tmp_path / "out" / "progress.json").read_text()
+    newer.finish("0" * 16)
+    older.close()
+    older.fail("0" * 16, FailureReport(reason=Reason.PREEMPTED, message="attempt 2 has started", rank=0, exit_code=143))
+    assert (tmp_path / "out" / "progress.json").read_text() == address
+    assert RunReport.model_validate_json((tmp_path / "out" / "report.json").read_bytes()).succeeded
+    newer.close()
+
+
 def test_a_port_in_use_is_refused_by_its_field(report: Report, tmp_path: Path) -> None:
     port = int(json.loads((report.folder / "progress.json").read_text())["address"].rpartition(":")[2])
     with pytest.raises(ConfigurationError, match=rf"run.progressPort: cannot serve progress on 127.0.0.1 port {port}: Address already in use"):

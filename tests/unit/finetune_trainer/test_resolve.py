@@ -280,8 +280,15 @@ def test_options_that_contradict_each_other_are_refused(sections: dict[str, dict
 # What has no effect
 
 
+def test_a_default_without_effect_is_not_spoken_of() -> None:
+    resolution = run()
+    assert resolution.config.training.cross_entropy_loss_fusion is False
+    assert not [note for note in resolution.notes if "crossEntropyLossFusion" in note]
+
+
 def test_options_without_meaning_are_switched_off_and_said() -> None:
-    resolution = run(parallelism={"sequence_parallel": True}, training={"attention_backend": "flash", "optimizer": "sgd"}, data={"dataset_num_proc": 4})
+    written = {"attention_backend": "flash", "optimizer": "sgd", "cross_entropy_loss_fusion": True}
+    resolution = run(parallelism={"sequence_parallel": True}, training=written, data={"dataset_num_proc": 4})
     config = resolution.config
     assert (config.parallelism.sequence_parallel, config.training.attention_backend, config.training.cross_entropy_loss_fusion) == (False, "local", False)
     assert config.parallelism.use_distributed_optimizer is False
