@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,7 @@ def ask(base: Path, adapter: Path, system: str | None, names: list[str]) -> list
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(os.cpu_count() or 1)
@@ -151,9 +153,8 @@ def show(outcomes: list[Outcome], report: dict[str, Any], results: Path) -> None
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     first, last = report["curve"][0]["loss"], report["curve"][-1]["loss"]
-    print(
-        f"loss {first:.3f} -> {last:.3f} in {len(report['curve'])} steps; results in {results.relative_to(ROOT)}/: {', '.join(sorted(path.name for path in results.iterdir()))}"
-    )
+    left = sorted(path.name for path in results.iterdir() if not path.name.startswith("."))
+    print(f"loss {first:.3f} -> {last:.3f} in {len(report['curve'])} steps; {results.relative_to(ROOT)}/ holds {', '.join(left)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import inspect
 import os
 import pickle
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -102,9 +103,10 @@ class Gang:
         return [answers[rank].result for rank in range(self.size)]
 
     def close(self) -> None:
-        """Kill the workers."""
+        """Kill the workers, and the processes that they have started: each worker leads a group of its own."""
         for process in self._processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         for process, connection in zip(self._processes, self._connections, strict=True):
             process.wait()
             connection.close()
@@ -115,7 +117,7 @@ class Gang:
         for _ in range(self.size):
             ours, theirs = Pipe()
             command = [sys.executable, __file__, str(theirs.fileno()), *self.preload]
-            self._processes.append(subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()]))
+            self._processes.append(subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True))
             self._connections.append(ours)
             theirs.close()
         ready = self._collect(START_DEADLINE_SECONDS)
@@ -215,7 +217,7 @@ def _work(connection: Connection, preload: list[str]) -> None:
             while True:
                 tasks.put(connection.recv())
         except (EOFError, OSError):
-            os._exit(0)  # the session has ended; a task that hangs in a collective must not outlive it
+            os.killpg(0, signal.SIGKILL)  # the session has ended; a task that hangs in a collective must not outlive it
 
     threading.Thread(target=listen, daemon=True).start()
     try:

@@ -56,8 +56,8 @@ class Outcome:
     """Elements in gradient buffers on this rank."""
 
 
-def train(job: Job, interfere: Callable[[Any], None] | None = None) -> Outcome:
-    """Train; ``interfere`` may change the trainer before the first step."""
+def train(job: Job, interfere: Callable[[Any], None] | None = None, afterwards: Callable[[Any, Any], None] | None = None) -> Outcome:
+    """Train; ``interfere`` may change the trainer before the first step, ``afterwards`` gets the model and the ranks after the last."""
     from finetune_trainer import checkpoint, convert, data, families, hf_files, lora, memory, model, parallel, resolve
     from finetune_trainer import train as training
     from finetune_trainer.report import Report
@@ -89,6 +89,8 @@ def train(job: Job, interfere: Callable[[Any], None] | None = None) -> Outcome:
         beginning,
         lambda: job.stop_at is not None and ranks.rank == 0 and len(report.curve) + 1 >= job.stop_at,
     )
+    if afterwards is not None:
+        afterwards(chunks, ranks)
     return Outcome(
         losses=[point.loss for point in report.curve],
         norms=[point.gradient_norm for point in report.curve],
@@ -98,3 +100,36 @@ def train(job: Job, interfere: Callable[[Any], None] | None = None) -> Outcome:
         resumed_from=beginning.step,
         buffered=sum(buffer.numel for chunk in trainer.chunks for buffer in chunk.buffers),
     )
+
+
+def lose_the_gradient(trainer: Any) -> None:
+    """Make a loss that does not depend on any weight."""
+    for chunk in trainer.chunks:
+        chunk.module.register_forward_hook(lambda module, inputs, output: output * 0.0)
+
+
+def explode(trainer: Any) -> None:
+    """Make the loss NaN after eight micro batches."""
+    calls = []
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        calls.append(None)
+        return output * (float("nan") if len(calls) > 8 else 1.0)
+
+    for chunk in trainer.chunks:
+        chunk.module.register_forward_hook(hook)
+
+
+def export_megatron(job: Job, folder: Path, *, write: bool) -> list[str]:
+    """Train, write the megatron format when asked to, and read it back: names of weights that differ from the model's."""
+    from finetune_trainer import checkpoint
+
+    differing: list[str] = []
+
+    def export(chunks: Any, ranks: Any) -> None:
+        if write:
+            checkpoint.save_model(chunks, ranks, folder, 3)
+        differing.extend(checkpoint.differing_weights(chunks, folder))
+
+    train(job, afterwards=export)
+    return differing

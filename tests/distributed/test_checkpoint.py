@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from factories import make_rows, make_tiny_model
+from finetune_trainer import hf_files
 from finetune_trainer.contract import Preempted
 from gang import Gang
-from small_runs import Job, Outcome, train
+from small_runs import Job, Outcome, export_megatron, train
 
 SAME = 1e-6
 FULL: dict[str, Any] = {"tunerType": "full", "loraDropout": None}
@@ -178,6 +179,24 @@ def test_our_facts_are_json_and_megatrons_common_state_is_read_without_pickled_c
     folder = uninterrupted["lora"][1] / "checkpoints" / "step-3"
     assert json.loads((folder / "manifest.json").read_text())["step"] == 3
     assert torch.load(folder / "common.pt", weights_only=True) == {}
+
+
+def test_the_megatron_format_is_the_whole_model_and_read_on_any_layout(gang1: Gang, gang2: Gang, model: Path, rows: Path, tmp_path: Path) -> None:
+    job = Job(model, rows, tmp_path / "run", parallelism=TP2, tuning=FULL, training={"trainIters": 3})
+    assert gang2.run(export_megatron, job, tmp_path / "megatron", write=True) == [[], []]
+    assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "3"
+    hf_files.check_manifest(tmp_path / "megatron")
+    finished = {"model": model, "rows": rows, "output": tmp_path / "run", "tuning": FULL, "training": {"trainIters": 3}}
+    assert gang1.run(export_megatron, Job(**finished), tmp_path / "megatron", write=False) == [[]]
+    assert gang2.run(export_megatron, Job(**finished, parallelism=PP2), tmp_path / "megatron", write=False) == [[], []]
+    base = Job(model, rows, tmp_path / "other", parallelism=TP2, tuning=FULL, training={"trainIters": 1, "lr": 1e-2})
+    assert "decoder.layers.0.self_attention.linear_qkv.weight" in gang2.run(export_megatron, base, tmp_path / "megatron", write=False)[1]
+
+
+def test_the_megatron_format_holds_merged_weights_and_leaves_the_adapters_in_place(gang2: Gang, model: Path, rows: Path, tmp_path: Path) -> None:
+    job = Job(model, rows, tmp_path / "run", parallelism=TP2, training={"trainIters": 3})
+    assert gang2.run(export_megatron, job, tmp_path / "megatron", write=True) == [[], []]
+    assert gang2.run(export_megatron, job, tmp_path / "megatron", write=False) == [[], []]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["waited-for", "in-the-background"])

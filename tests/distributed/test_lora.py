@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def test_adapters_start_alike_on_every_layout_and_the_base_is_frozen(folder: Pat
 
 def save(layout: Layout, checkpoint: Path) -> None:
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    filesystem_async._results_queue = queue.Queue()  # its own is a process that outlives this one
     built = build_with_adapters(layout)
     checkpoint.mkdir(exist_ok=True)
     dist_checkpointing.save(built.chunks[0].sharded_state_dict(), str(checkpoint))

@@ -164,6 +164,17 @@ def test_padding_of_the_vocabulary_is_not_in_the_loss(layout: str, folders: dict
                 assert (gradients[name] - expected[hf_name]).norm() <= 1e-5 * expected[hf_name].norm(), name
 
 
+@pytest.mark.parametrize("layout", ["one", "tp2-sp"])
+def test_bfloat16_with_the_fused_loss_stays_near_float32(layout: str, folders: dict[str, Path], gang1: Gang, gang2: Gang) -> None:
+    expected_loss, expected = transformers_gradients(folders["llama"], ROWS)
+    gang = gang1 if layout == "one" else gang2
+    for loss, gradients in gang.run(step, Layout(folders["llama"], LAYOUTS[layout], torch_dtype="bfloat16"), [ROWS[:2], ROWS[2:]]):
+        assert loss == pytest.approx(expected_loss, rel=2e-3)
+        gradient = gradients["decoder.final_layernorm.weight"]
+        assert gradient.dtype is torch.float32
+        assert (gradient - expected["model.norm.weight"]).norm() <= 0.05 * expected["model.norm.weight"].norm()
+
+
 def capture(layout: Layout, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     built = build(layout)
     return model.hidden_states(built.chunks, rows, built.ranks)

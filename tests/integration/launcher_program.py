@@ -107,13 +107,21 @@ def finish(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
 
 def fail(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
     """Node 1 fails as the trainer would; the others wait to be ended."""
-    if node == 1 or config.run.name.startswith("alone"):
+    if node == 1:
+        await_nodes(folder)
         failure = FailureReport(reason=Reason.MODEL, message="model.safetensors is truncated", rank=1, exit_code=12)
         (folder / "report.json").write_text(report(config, succeeded=False, failure=failure).model_dump_json())
         return 12
     signals.wait()
     (folder / f"ended-{node}").touch()
     return 143
+
+
+def await_nodes(folder: Path) -> None:
+    """Return when every node listens for signals (it has written its environment since); one that is ended before leaves no trace."""
+    paths = [folder / f"environment-{node}.json" for node in range(int(os.environ["NNODES"]))]
+    while not all(path.exists() for path in paths):
+        threading.Event().wait(0.05)
 
 
 def crash(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:

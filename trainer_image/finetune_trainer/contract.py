@@ -171,7 +171,9 @@ class ParallelismConfig(Contract):
         None, description="Processes that share the stack of layers. Absent: 1, or more where memory needs it."
     )
     context_parallel_size: Positive | None = Field(None, description="Processes that share each sequence. Absent: 1.")
-    expert_model_parallel_size: Annotated[Positive | None, Flag(old=("export_model_parallel_size",))] = Field(None, description="Processes that share the experts. Absent: 1.")
+    expert_model_parallel_size: Annotated[Positive | None, Flag(old=("export_model_parallel_size",))] = Field(
+        None, description="Processes that share the experts. Absent: 1."
+    )
     expert_tensor_parallel_size: Positive | None = Field(None, description="Processes that share each expert. Absent: 1.")
     sequence_parallel: bool = Field(False, description="Cut activations between tensor-parallel regions along the sequence. No effect with tensor size 1.")
     use_distributed_optimizer: bool = Field(True, description="Each data-parallel process keeps its share of the optimizer's state.")

@@ -53,13 +53,17 @@ def import_base(chunks: Chunks, family: Family, hf: HFModel, ranks: Ranks) -> No
     layout = _layout(family, hf, ranks)
     weights = [(name, parameter.detach()) for name, parameter in named_weights(chunks)]
     _check_names(layout, hf, [name for name, _ in weights], ranks)
-    loaded = []
+    sums = []
     for name, tensor in weights:
         for piece in layout.weight(name, tensor):
-            loaded.append((piece, _load(piece, hf)))
+            _load(piece, hf)
             _check_twin(piece, layout, hf)
         layout.rows[name].padding(tensor, layout.local).zero_()
-    _check_finite(loaded, hf)
+        sums.append(tensor.sum())
+    # A sum is finite only where all its terms are, and is far cheaper than a look at every element.
+    finite = torch.stack(sums).float().isfinite().tolist()
+    for name, tensor in (weight for weight, good in zip(weights, finite, strict=True) if not good):
+        _check_finite(layout.weight(name, tensor), hf)
 
 
 def export_huggingface(chunks: Chunks, family: Family, hf: HFModel, ranks: Ranks, folder: Path, max_shard_size: int) -> None:
@@ -107,14 +111,14 @@ def load_adapter(chunks: Chunks, family: Family, hf: HFModel, folder: Path, rank
     linears = _adapted_linears(chunks, layout, ranks)
     _check_adapter_config(source, [layer.scale for _, layer in lora.adapters(chunks)])
     match_names(f"the adapter {folder}", [spec.name for spec in _adapter_specs(chunks, linears, layout, hf)], source.entries)
-    loaded: dict[int, tuple[Piece, Tensor]] = {}  # by address: the Hugging Face layers within one Megatron-core layer share its lora_A
+    loaded: dict[int, Piece] = {}  # by address: the Hugging Face layers within one Megatron-core layer share its lora_A
     for _, piece in _adapter_pieces(chunks, layout, _every_row):
-        shared = loaded.get(piece.place.data_ptr())
-        if shared is None:
-            loaded[piece.place.data_ptr()] = (piece, _load(piece, source))
+        shared = loaded.setdefault(piece.place.data_ptr(), piece)
+        if shared is piece:
+            _load(piece, source)
         elif not torch.equal(piece.part().cpu(), _read(piece, source).to(piece.place.dtype)):
             raise ModelError(
-                f"{folder}: {piece.name} differs from {shared[0].name}; in this engine these layers share one lora_A, so the adapter cannot be loaded"
+                f"{folder}: {piece.name} differs from {shared.name}; in this engine these layers share one lora_A, so the adapter cannot be loaded"
             )
     _check_finite(loaded.values(), source)
 
@@ -164,10 +168,9 @@ def _check_names(layout: Layout, hf: HFModel, names: Sequence[str], ranks: Ranks
     match_names("the Megatron-core model", layout.rows, [name for stage in stages for name in stage])
 
 
-def _load(piece: Piece, hf: HFModel) -> Tensor:
-    """Copy a piece in from its file; returns a sum that is finite only where all its elements are."""
+def _load(piece: Piece, hf: HFModel) -> None:
     _check_shape(piece, hf)
-    return hf.copy_into(piece.place, piece.name, piece.slices)
+    hf.copy_into(piece.place, piece.name, piece.slices)
 
 
 def _read(piece: Piece, hf: HFModel) -> Tensor:
@@ -195,11 +198,10 @@ def _twin(piece: Piece, layout: Layout, hf: HFModel) -> str | None:
     return twin if twin in hf.entries else None
 
 
-def _check_finite(loaded: Iterable[tuple[Piece, Tensor]], hf: HFModel) -> None:
-    """Raise ModelError naming the first tensor with NaN or infinite elements, given each piece's sum; one that has merely overflowed is looked at closely."""
-    pieces, sums = zip(*loaded, strict=True)
-    for piece, finite in zip(pieces, torch.stack([each.float() for each in sums]).isfinite().tolist(), strict=True):
-        if finite or bool(piece.place.isfinite().all()):
+def _check_finite(pieces: Iterable[Piece], hf: HFModel) -> None:
+    """Look at every element of pieces that are loaded; raises ModelError naming the tensor that has NaN or infinite ones."""
+    for piece in pieces:
+        if bool(piece.place.isfinite().all()):
             continue
         file = hf.folder / hf.entries[piece.name].file
         if bool(hf.read(piece.name, piece.slices).isfinite().all()):

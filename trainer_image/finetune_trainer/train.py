@@ -34,6 +34,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
+INITIAL_LOSS_SCALE = 2.0**12
+"""For float16. Megatron-LM's 2**32 is for mean losses and long runs: it costs some twenty steps before the first one that changes anything."""
 SEED_STRIDE = 1_000_003
 """A prime, so that the seeds of steps and of places do not meet."""
 
@@ -114,6 +116,8 @@ def _optimizer_config(config: RunConfig) -> OptimizerConfig:
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
+        initial_loss_scale=INITIAL_LOSS_SCALE,
+        hysteresis=1,
         use_distributed_optimizer=config.parallelism.use_distributed_optimizer,
         overlap_param_gather=config.parallelism.overlap_param_gather,
     )
@@ -197,8 +201,8 @@ def fit(
         gradient_norm, updated = update(trainer)
         updates += updated
         if not updated:
-            report.note(f"step {step + 1} changed nothing: its gradients exceeded float16's range, so the loss scale was halved")
-        point = check_numbers(step + 1, sums, gradient_norm, rate, time.perf_counter() - began, first=step == beginning.step and updated)
+            report.note(describe_overflow(trainer, step + 1))
+        point = check_numbers(step + 1, sums, gradient_norm, rate, time.perf_counter() - began, first=updated and updates == beginning.updates + 1)
         report.step(point)
         keep(trainer, checkpoints, report, point.step, beginning.total_steps, updates, sums.stops > 0)
     checkpoints.close()
@@ -290,6 +294,14 @@ def update(trainer: Trainer) -> tuple[float, bool]:
     if updated:
         trainer.scheduler.step(trainer.training.global_batch_size)
     return float(norm or 0.0), bool(updated)
+
+
+def describe_overflow(trainer: Trainer, step: int) -> str:
+    """A sentence on a step whose float16 gradients overflowed; raises NumericError when no smaller loss scale can help."""
+    scale = float(trainer.optimizer.get_loss_scale())
+    if scale <= 1.0:
+        raise NumericError(f"step {step}: the gradient is not finite, without any loss scale; a lower training.lr or model.torchDtype bfloat16 may help")
+    return f"step {step} changed nothing: its gradients exceeded float16's range; the loss scale is {scale:g} now"
 
 
 def check_numbers(step: int, sums: Sums, gradient_norm: float, rate: float, seconds: float, *, first: bool) -> CurvePoint:

@@ -127,11 +127,13 @@ def _gather(state: TrainingState, name: str) -> Iterator[tuple[Trained, Tensor]]
 
 def _batches(trained: Sequence[Trained]) -> Iterator[list[Trained]]:
     batch: list[Trained] = []
+    elements = 0
     for each in trained:
-        if batch and sum(one.parameter.numel() for one in batch) + each.parameter.numel() > GATHERED_ELEMENTS:
+        if batch and elements + each.parameter.numel() > GATHERED_ELEMENTS:
             yield batch
-            batch = []
+            batch, elements = [], 0
         batch.append(each)
+        elements += each.parameter.numel()
     if batch:
         yield batch
 

@@ -67,7 +67,10 @@ MISTRAL = (
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 GLM4 = "[gMASK]{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-PLAIN = "{% for message in messages %}### {{ message['role'] }}:\n{{ message['content'] | trim }}\n###END\n\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+PLAIN = (  # an end of turn in plain text, with an added token in front of the next turn
+    "{% for message in messages %}{{ bos_token }}### {{ message['role'] }}:\n{{ message['content'] | trim }}\n###END\n\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}### assistant:\n{% endif %}"
+)
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATES: dict[str, tuple[str, tuple[str, ...], str]] = {  # template, special tokens (the first is bos, the last eos), what ends an answer
