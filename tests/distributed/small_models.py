@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import param_is_not_shared
 
 from finetune_trainer import convert, hf_files, model, parallel
 from finetune_trainer.contract import RunConfig
@@ -102,6 +104,17 @@ def collect_gradients(built: Built, micro_batches: list[list[list[int]]]) -> tup
     }
 
 
+def counted_square(built: Built, gradients: dict[str, torch.Tensor]) -> float:
+    """What this rank adds to the square of the gradient's norm by Megatron's rule: tensors that another rank holds too count once."""
+    chunk = built.chunks[0]
+    counted = (
+        gradients[model.canonical_name(chunk, name)]
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad and param_is_not_shared(parameter) and tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter)
+    )
+    return sum(gradient.double().square().sum().item() for gradient in counted)
+
+
 def pack(rows: list[list[int]]) -> PackedSeqParams:
     ends = torch.tensor([0, *itertools.accumulate(len(row) for row in rows)], dtype=torch.int32)
     longest = max(len(row) for row in rows)
@@ -122,4 +135,4 @@ def transformers_logits(folder: Path, rows: list[list[int]]) -> list[torch.Tenso
         return [reference(torch.tensor([row])).logits[0] for row in rows]
 
 
-__all__ = ["Built", "Layout", "build", "collect_gradients", "pack", "token_rows", "transformers_logits"]
+__all__ = ["Built", "Layout", "build", "collect_gradients", "counted_square", "pack", "token_rows", "transformers_logits"]

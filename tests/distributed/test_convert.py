@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from factories import VOCAB_SIZE, make_tiny_model
 from finetune_trainer import convert, hf_files, lora, model, parallel
-from finetune_trainer.contract import ConfigurationError, ModelError
-from finetune_trainer.families import find
+from finetune_trainer.contract import ConfigurationError, ModelError, RunConfig
+from finetune_trainer.families import Family, find
 from finetune_trainer.hf_files import HFModel, check_manifest
+from finetune_trainer.parallel import Ranks
 from gang import Gang
-from small_models import Built, Layout, token_rows
+from small_models import Layout, token_rows
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -52,6 +54,16 @@ def gang(request: pytest.FixtureRequest) -> Callable[[str], Gang]:
     return lambda layout: request.getfixturevalue(f"gang{WORLD_SIZES[layout]}")
 
 
+@dataclass(frozen=True)
+class Built:
+    """This rank's part of a model and what it was made from."""
+
+    chunks: list[Any]
+    family: Family
+    config: RunConfig
+    ranks: Ranks
+
+
 def load(layout: Layout) -> tuple[Built, HFModel]:
     """This rank's part of the model, filled by ``import_base``."""
     parallel.open_process_group(layout.config)
@@ -60,7 +72,7 @@ def load(layout: Layout) -> tuple[Built, HFModel]:
     family = find(hf.config)
     chunks = model.build(family, hf.config, layout.config, ranks)
     convert.import_base(chunks, family, hf, ranks)
-    return Built(chunks, family, hf.config, layout.config, ranks), hf
+    return Built(chunks, family, layout.config, ranks), hf
 
 
 def attach(built: Built) -> None:

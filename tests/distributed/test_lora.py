@@ -13,7 +13,7 @@ from factories import VOCAB_SIZE, make_tiny_model
 from finetune_trainer import lora, model
 from finetune_trainer.contract import ConfigurationError, TuningConfig
 from gang import Gang
-from small_models import Built, Layout, build, collect_gradients, token_rows
+from small_models import Built, Layout, build, collect_gradients, counted_square, token_rows
 
 TUNING = {"tunerType": "lora", "loraRank": 4, "loraAlpha": 12, "loraDropout": 0, "targetModules": ["all-linear"], "useRslora": False}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -101,6 +101,17 @@ def test_adapters_of_the_feed_forward_alone_learn_in_the_first_layer_under_recom
     ((_, gradients, _),) = gang1.run(step, Layout(folder, {}, RECOMPUTE["full"], tuning))
     assert sorted(gradients) == sorted(f"decoder.layers.{index}.mlp.linear_fc2.lora_{part}.weight" for index in range(4) for part in "AB")
     assert all(gradient.norm() > 0 for gradient in gradients.values())
+
+
+def square_of_norm(layout: Layout) -> float:
+    built = build_with_adapters(layout)
+    return counted_square(built, collect_gradients(built, [ROWS])[1])
+
+
+def test_every_gradient_counts_once_in_the_norm(folder: Path, gang1: Gang, gang2: Gang) -> None:
+    expected_square = sum(gang1.run(square_of_norm, Layout(folder, tuning=TUNING)))
+    for layout in ("tp2", "tp2-sp", "pp2"):
+        assert sum(gang2.run(square_of_norm, Layout(folder, LAYOUTS[layout], tuning=TUNING))) == pytest.approx(expected_square, rel=1e-5), layout
 
 
 def logits_with_adapters_and_merged(layout: Layout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -15,7 +15,7 @@ from finetune_trainer.contract import ConfigurationError
 from finetune_trainer.families import FAMILIES
 from finetune_trainer.shards import padded_vocab_size
 from gang import Gang
-from small_models import Layout, build, collect_gradients, pack, token_rows, transformers_logits
+from small_models import Layout, build, collect_gradients, counted_square, pack, token_rows, transformers_logits
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -136,6 +136,18 @@ def share(whole: torch.Tensor, shape: torch.Size, name: str, rank: int) -> torch
     if name.endswith(("linear_fc1.weight", "linear_fc1.lora_B.weight")):
         return whole.unflatten(0, (2, -1)).chunk(2, dim=1)[rank].flatten(0, 1)
     return whole.chunk(2, dim=0 if whole.shape[0] != shape[0] else 1)[rank]
+
+
+def square_of_norm(layout: Layout) -> float:
+    built = build(layout)
+    return counted_square(built, collect_gradients(built, [ROWS])[1])
+
+
+def test_every_gradient_counts_once_in_the_norm(folders: dict[str, Path], gang1: Gang, gang2: Gang) -> None:
+    for name in ("qwen2", "qwen3"):
+        expected = sum(gang1.run(square_of_norm, Layout(folders[name])))
+        for layout in ("tp2", "tp2-sp", "pp2"):
+            assert sum(gang2.run(square_of_norm, Layout(folders[name], LAYOUTS[layout]))) == pytest.approx(expected, rel=1e-5), (name, layout)
 
 
 def transformers_gradients(folder: Path, rows: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:

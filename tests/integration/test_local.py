@@ -167,6 +167,7 @@ def test_a_signal_stops_all_nodes_after_a_checkpoint_and_resume_continues(tmp_pa
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with started(tmp_path, nodes=behaving("stubborn", count=2)) as run:
         run.await_line("step 3/6")
+        await_file(only_run(tmp_path) / "environment-1.json")  # node 1 listens for signals from here on
         run.process.send_signal(signal.SIGINT)
         run.await_line("stopping after a checkpoint")
         # A launcher that has not yet run its handler would take two SIGTERMs for one.

@@ -12,6 +12,7 @@ when it can go alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import sys
@@ -43,8 +44,6 @@ FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones
 
 CPU = torch.device("cpu")
 
-_views: dict[int, ModuleType] = {}
-
 
 def install() -> None:
     """Make megatron.core usable on CPUs; idempotent, and does nothing where CUDA is available but for what is wrong without transformer-engine.
@@ -60,7 +59,7 @@ def install() -> None:
     _recompute_norms_without_fp8()
     if torch.cuda.is_available():
         return
-    view = _views.setdefault(0, _make_view())
+    view = _make_view()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "__dict__", {}).get("torch") is torch:
             vars(module)["torch"] = view
@@ -72,7 +71,7 @@ def _leave_functions_uncompiled() -> None:
     """Megatron-core decorates elementwise functions with torch.compile when it is imported; on a CPU that needs a C++ compiler
     at run time, and importing the compiler doubles the time of ``import megatron.core``.
 
-    jit.py 21-28 (``jit_fuser = torch.compile``). Remove when jit.py can be told before it is imported.
+    jit.py 21 (``jit_fuser = torch.compile``). Remove when jit.py can be told before it is imported.
     """
     if "megatron.core.jit" in sys.modules:
         return
@@ -95,6 +94,7 @@ def _recompute_norms_without_fp8() -> None:
         random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
+@functools.cache
 def _make_view() -> ModuleType:
     """A module that is torch, but for the device of its factories and ``torch.cuda``.
 
@@ -178,7 +178,7 @@ def _make_cuda() -> ModuleType:
 def _redirect_random_state() -> None:
     """The tracker of random states (dropout in tensor-parallel regions, recompute) keeps the CPU generator's states.
 
-    tensor_parallel/random.py 41-109 go to ``torch._C`` and ``torch.cuda.default_generators``; 262 warns that the CPU's state
+    tensor_parallel/random.py 41-109 go to ``torch._C`` and ``torch.cuda.default_generators``; 264 warns that the CPU's state
     changed, which it now must. Remove when the tracker takes a generator.
     """
     random: Any = sys.modules["megatron.core.tensor_parallel.random"]

@@ -66,6 +66,12 @@ def format_step(point: CurvePoint, progress: Progress) -> str:
     )
 
 
+def describe_verification(verification: Verification) -> str:
+    """A verification that has passed, in one line."""
+    difference = verification.max_logit_difference
+    return f"verified: {verification.level}" + (f", largest difference of two logits {difference:.2g}" if difference is not None else "")
+
+
 @dataclass(frozen=True)
 class Beginning:
     """Where training starts: the steps that are done already, how many of them changed the weights, and the curve up to there."""
@@ -215,6 +221,8 @@ class Report:
         leave_report(report, self.config)
         for artifact in report.artifacts:
             self.say(f"{artifact.format}: {artifact.path}")
+        if report.verification is not None:
+            self.say(describe_verification(report.verification))
 
     def fail(self, identity: str, failure: FailureReport) -> None:
         """The run has ended without success: leave the report and the termination message. Raises OSError.

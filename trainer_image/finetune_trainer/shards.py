@@ -9,7 +9,7 @@ from finetune_trainer.contract import ModelError
 from finetune_trainer.rules import Cut, Dims
 
 VOCAB_MULTIPLE = 8
-"""Megatron-LM's make_vocab_size_divisible_by."""
+"""A rank's share of the vocabulary is a multiple of this."""
 
 
 @dataclass(frozen=True)
