@@ -34,8 +34,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
-INITIAL_LOSS_SCALE = 2.0**12
-"""For float16. Megatron-LM's 2**32 is for mean losses and long runs: it costs some twenty steps before the first one that changes anything."""
+INITIAL_LOSS_SCALE = 2.0**8
+"""For float16. Megatron-LM's 2**32 is for mean losses and long runs; here losses are sums over tokens, and each overflow costs a step that changes nothing."""
 SEED_STRIDE = 1_000_003
 """A prime, so that the seeds of steps and of places do not meet."""
 
