@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import os
 import signal
-from collections.abc import Mapping
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,27 @@ class Ending:
     asked: bool
 
 
+@dataclass(frozen=True)
+class _Node:
+    """One launcher that was started.
+
+    Popen and a thread that waits, not asyncio's subprocess: there `send_signal` polls, and a process that ends at that moment is reaped
+    before its watcher sees it, which then reports 255 (https://github.com/python/cpython/issues/87744, mended in Python 3.13). Popen's own lock
+    keeps the code.
+    """
+
+    process: subprocess.Popen[bytes]
+    code: asyncio.Future[int]
+    thread: threading.Thread
+
+
 class Gang:
     """Launchers that live and end together."""
 
     def __init__(self, launchers: list[Launcher], grace_seconds: float) -> None:
         self._launchers = launchers
         self._grace_seconds = grace_seconds
-        self._processes: list[asyncio.subprocess.Process] = []
+        self._nodes: list[_Node] = []
         self._timers: list[asyncio.TimerHandle] = []
         self._stops = 0
 
@@ -55,12 +70,14 @@ class Gang:
         """Start all and wait until all have ended; OSError when one cannot be started (then none is left)."""
         try:
             for launcher in self._launchers:
-                self._processes.append(await _start(launcher))
+                self._nodes.append(_start(launcher))
             return await self._wait()
         finally:
             for timer in self._timers:
                 timer.cancel()
             self._kill()
+            for node in self._nodes:
+                node.thread.join()
 
     def stop(self) -> None:
         """Asked once, the gang checkpoints and ends; asked again, it ends at once. For a signal handler of the event loop."""
@@ -69,17 +86,17 @@ class Gang:
         self._later(END_SECONDS if self._stops > 1 else self._grace_seconds + SAVE_MARGIN_SECONDS, self._kill)
 
     async def _wait(self) -> Ending:
-        waiting = {asyncio.create_task(process.wait()): node for node, process in enumerate(self._processes)}
+        waiting = {node.code: index for index, node in enumerate(self._nodes)}
         first: tuple[int, int] | None = None
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                code, node = _exit_code(task.result()), waiting.pop(task)
+            for future in done:
+                code, index = future.result(), waiting.pop(future)
                 if code and first is None:
-                    first = code, node
+                    first = code, index
                     self._end_the_others(code)
-        code, node = first or (0, 0)
-        return Ending(code, node, asked=self._stops > 0)
+        code, index = first or (0, 0)
+        return Ending(code, index, asked=self._stops > 0)
 
     def _end_the_others(self, code: int) -> None:
         """One node's launcher has failed: nothing that the others compute counts. Where it was preempted, they are saving too."""
@@ -90,32 +107,40 @@ class Gang:
         self._later(END_SECONDS, self._send, signal.SIGTERM)
         self._later(2 * END_SECONDS, self._kill)
 
-    def _later(self, seconds: float, action: object, *arguments: object) -> None:
-        self._timers.append(asyncio.get_running_loop().call_later(seconds, action, *arguments))  # type: ignore[arg-type]
+    def _later(self, seconds: float, action: Callable[..., None], *arguments: signal.Signals) -> None:
+        self._timers.append(asyncio.get_running_loop().call_later(seconds, action, *arguments))
 
     def _send(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            if process.returncode is None:
-                process.send_signal(number)
+        for node in self._nodes:
+            node.process.send_signal(number)
 
     def _kill(self) -> None:
-        for process in self._processes:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        for node in self._nodes:
+            node.process.kill()
 
 
-async def _start(launcher: Launcher) -> asyncio.subprocess.Process:
+def _start(launcher: Launcher) -> _Node:
     with launcher.log.open("ab") as log:
-        return await asyncio.create_subprocess_exec(
-            *launcher.command,
+        process = subprocess.Popen(
+            launcher.command,
             env=dict(launcher.environment),
             cwd=launcher.folder,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
+    loop = asyncio.get_running_loop()
+    code: asyncio.Future[int] = loop.create_future()
+
+    def wait() -> None:
+        ended = _exit_code(process.wait())
+        loop.call_soon_threadsafe(lambda: None if code.done() else code.set_result(ended))
+
+    thread = threading.Thread(target=wait, name=f"waits for {launcher.log.stem}", daemon=True)
+    thread.start()
+    return _Node(process, code, thread)
 
 
 _LIBC = ctypes.CDLL(None)

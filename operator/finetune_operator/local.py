@@ -153,14 +153,14 @@ def _opening(run: Run) -> list[str]:
 
 async def _run_gang(run: Run, nodes: list[Launcher], display: Display) -> Ending:
     gang = Gang(nodes, run.plan.config.run.grace_seconds)
-    watcher = asyncio.create_task(_watch(run.folder / "progress.json", display))
+    ended = asyncio.Event()
+    watcher = asyncio.create_task(_watch(run.folder / "progress.json", display, ended))
     with _stopping_on_signals(gang, display):
         try:
             return await gang.run()
         finally:
-            watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await watcher
+            ended.set()
+            await watcher
 
 
 @contextmanager
@@ -185,11 +185,10 @@ def _stopping_on_signals(gang: Gang, display: Display) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _watch(address_file: Path, display: Display) -> None:
-    """Show rank 0's progress until cancelled; while it does not answer, nothing changes."""
+async def _watch(address_file: Path, display: Display, ended: asyncio.Event) -> None:
+    """Show rank 0's progress until the gang has ended; an answer that is under way then is still shown."""
     said = False
-    while True:
-        await asyncio.sleep(POLL_SECONDS)
+    while not await _has_ended(ended):
         address = _read_address(address_file)
         if address is None:
             continue
@@ -199,6 +198,12 @@ async def _watch(address_file: Path, display: Display) -> None:
         progress = await asyncio.to_thread(fetch_progress, address)
         if progress is not None:
             display.update(progress)
+
+
+async def _has_ended(ended: asyncio.Event) -> bool:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(ended.wait(), POLL_SECONDS)
+    return ended.is_set()
 
 
 def _read_address(path: Path) -> str | None:

@@ -15,11 +15,17 @@ from typing import IO, Any
 
 import pytest
 
-from finetune_operator import local
+from finetune_operator import gang, local
 from jobs import load_job, write_job
 
 PROGRAM = Path(__file__).with_name("launcher_program.py")
-RUN = "import sys; from pathlib import Path; from finetune_operator import job_file, local; sys.exit(local.run_job(job_file.load(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3], (sys.executable, sys.argv[4])))"
+RUN = "import sys; from pathlib import Path; from finetune_operator import gang, job_file, local; gang.END_SECONDS = 60; sys.exit(local.run_job(job_file.load(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3], (sys.executable, sys.argv[4])))"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers end because they are asked to; on a busy machine they are not killed for being slow."""
+    monkeypatch.setattr(gang, "END_SECONDS", 60)
 
 
 def behaving(behaviour: str, count: int = 1, **nodes: Any) -> dict[str, Any]:

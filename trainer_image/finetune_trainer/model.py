@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
@@ -77,10 +78,35 @@ def build(family: Family, hf_config: Mapping[str, Any], config: RunConfig, ranks
     model.rotary_pos_emb.inv_freq = rotary_frequencies(architecture).to(ranks.device)
     model.architecture = architecture
     _leave_out_padding(model, architecture.vocab_size, ranks)
+    model.selected_rows = None
+    if ranks.is_last_stage:
+        model.output_layer.register_forward_pre_hook(functools.partial(_select_rows, model))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(math.nan)
     return [model]
+
+
+@contextlib.contextmanager
+def output_rows(chunk: torch.nn.Module, rows: torch.Tensor | None) -> Iterator[None]:
+    """While it lasts, the output layer computes the logits of these positions only; None: of all.
+
+    ``rows``: indices [selected] into the packed sequence. Logits that no label asks for are a large part of a small
+    model's work and of any model's memory. With sequence parallelism a rank holds a part of the sequence, so there the
+    caller passes None.
+    """
+    model = unwrap(chunk)
+    assert rows is None or not model.config.sequence_parallel, "positions are those of the whole sequence"
+    model.selected_rows = rows
+    try:
+        yield
+    finally:
+        model.selected_rows = None
+
+
+def _select_rows(model: GPTModel, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    hidden, *others = inputs  # [sequence, batch, hidden]
+    return (hidden if model.selected_rows is None else hidden.index_select(0, model.selected_rows), *others)
 
 
 def _leave_out_padding(model: GPTModel, vocab_size: int, ranks: Ranks) -> None:

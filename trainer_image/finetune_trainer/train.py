@@ -20,7 +20,7 @@ from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.contract import ConfigurationError, CurvePoint, NumericError, Preempted, RunConfig, TrainingConfig
 from finetune_trainer.data import Batch, Rows, collate, micro_batches, order
 from finetune_trainer.families import Family
-from finetune_trainer.model import unwrap
+from finetune_trainer.model import output_rows, unwrap
 from finetune_trainer.parallel import Ranks
 from finetune_trainer.report import Beginning, Report
 from finetune_trainer.training_state import TrainingState
@@ -256,6 +256,8 @@ def run_forward_backward(trainer: Trainer, batches: Sequence[Batch]) -> list[Ten
 def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """One micro batch through this stage: its output, and what makes a loss of it on the last stage."""
     batch = next(batches)
+    rows = None if unwrap(chunk).config.sequence_parallel else batch.loss_mask[0].nonzero()[:, 0]
+    labels, loss_mask = (batch.labels, batch.loss_mask) if rows is None else (batch.labels[:, rows], batch.loss_mask[:, rows])
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -263,8 +265,9 @@ def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tens
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
-    output = chunk(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None, labels=batch.labels, packed_seq_params=packed)
-    return output, functools.partial(sum_loss, batch.loss_mask)
+    with output_rows(chunk, rows):
+        output = chunk(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None, labels=labels, packed_seq_params=packed)
+    return output, functools.partial(sum_loss, loss_mask)
 
 
 def sum_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
