@@ -6,23 +6,27 @@ cd "$(dirname "$0")/.."
 
 say() { echo "set-up: $*"; }
 
-find_python() { # the newest Python that Megatron-core has wheels for, else a newer one, which must compile it
-    for name in python3.13 python3.12 python3.11 python3 python3.14; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            command -v "$name"
-            return
-        fi
+find_python() { # the newest Python that Megatron-core has wheels for, else a newer one, which must compile it; one that can make a .venv before one that cannot
+    for modules in 'venv, ensurepip' sys; do
+        for name in python3.13 python3.12 python3.11 python3 python3.14; do
+            if "$name" -c "import sys, $modules; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then
+                command -v "$name"
+                return
+            fi
+        done
     done
 }
 
 missing_packages() { # names of the Debian packages that are needed and not there
-    if [ -z "$python" ] || ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then echo python3-venv; fi
+    debian=${python##*/} # python3, or python3.12: the packages of each are named after it
+    debian=${debian:-python3}
+    if [ -z "$python" ] || ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then echo "$debian-venv"; fi
     if ! command -v git >/dev/null; then echo git; fi
     if ! command -v make >/dev/null; then echo make; fi
     if ! [ -e /etc/ssl/certs/ca-certificates.crt ]; then echo ca-certificates; fi
     if [ -n "$python" ] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 14))'; then
         if ! command -v g++ >/dev/null; then echo g++; fi
-        if ! "$python" -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then echo python3-dev; fi
+        if ! "$python" -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then echo "$debian-dev"; fi
     fi
 }
 

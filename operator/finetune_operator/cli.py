@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from finetune_operator import names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,13 +28,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with the exit code of bad input."""
+    """argparse with whole names only, the nearest of them for one that is unknown, and the exit code of bad input."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses unknown flags before anything else: one that is misspelt is the reason why another is missing."""
+        flags = [word.split("=")[0] for word in (sys.argv[1:] if args is None else args) if word.startswith("--")]
+        unknown = next((flag for flag in flags if flag not in self._option_string_actions), None)
+        if unknown is not None and self._subparsers is None:
+            self.error(f"unknown flag {unknown}{self._nearest(unknown, list(self._option_string_actions))}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         from finetune_trainer.contract import Reason, exit_for
 
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
+        if choice:
+            known = [name.strip("' ") for name in choice[2].split(",")]  # in quotes in older Pythons only
+            message = f"{message[: choice.start(2)]}{', '.join(known)}){self._nearest(choice[1], known)}"
         print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(exit_for(Reason.CONFIGURATION).code)
+
+    @staticmethod
+    def _nearest(name: str, known: list[str]) -> str:
+        from finetune_trainer.contract import nearest
+
+        return nearest(name, known)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--filename", type=Path, required=True, metavar="FILE", help="YAML or JSON file with one FineTuneJob; - is standard input")
-    parser.add_argument("--work", type=Path, default=Path("runs"), metavar="DIR", help="folder of all results (default: ./runs)")
+    parser.add_argument("--work", type=Path, default=names.DEFAULT_WORK, metavar="DIR", help="folder of all results (default: ./runs)")
 
 
 def _positive(text: str) -> float:

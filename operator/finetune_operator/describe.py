@@ -26,18 +26,18 @@ _LEFT_ABSENT = frozenset(
 """Options that nobody chooses: absent has a meaning of its own."""
 
 
-def plan_text(plan: Plan, resolution: Resolution | None, notes: Iterable[str] = ()) -> str:
-    """The whole description; without a resolution (no config.json at hand) open values are the trainer's to choose."""
-    blocks = [_summary(plan, resolution), _environment(plan), _options(plan, resolution)]
+def plan_text(plan: Plan, resolution: Resolution | None, notes: Iterable[str] = (), *, on_cpu: bool = False) -> str:
+    """The whole description; ``on_cpu``: there are no GPUs for it. Without a resolution (no config.json at hand) open values are the trainer's to choose."""
+    blocks = [_summary(plan, resolution, on_cpu), _environment(plan), _options(plan, resolution)]
     sentences = [*notes, *(resolution.notes if resolution else ())]
     if sentences:
         blocks.append(["Notes", *(f"  {sentence}" for sentence in sentences)])
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
-def processes(plan: Plan) -> str:
+def processes(plan: Plan, on_cpu: bool = False) -> str:
     """`2 nodes × 1 process, nvidia.com/gpu`."""
-    on = "CPU" if plan.accelerator is None else plan.accelerator
+    on = "CPU" if on_cpu or plan.accelerator is None else plan.accelerator
     return f"{_count(len(plan.nodes), 'node', 'nodes')} × {_count(plan.processes_per_node, 'process', 'processes')}, {on}"
 
 
@@ -50,12 +50,12 @@ def value_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _summary(plan: Plan, resolution: Resolution | None) -> list[str]:
+def _summary(plan: Plan, resolution: Resolution | None, on_cpu: bool) -> list[str]:
     config = plan.config
     rows = [
         ("model", config.model.source + (f" at {config.model.revision}" if config.model.revision else ""), ""),
         ("data", ", ".join(config.data.dataset), ""),
-        ("processes", processes(plan), ""),
+        ("processes", processes(plan, on_cpu), ""),
         ("results", config.run.output_dir, ""),
         ("command", " ".join(plan.command), ""),
     ]

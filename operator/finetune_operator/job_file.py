@@ -12,10 +12,17 @@ from pathlib import Path
 from finetune_operator import kubeyaml, names, schema
 from finetune_operator.problems import InvalidJob, Problem
 from finetune_operator.schema import FineTuneJob
-from finetune_trainer.contract import ConfigurationError
+from finetune_trainer.contract import ConfigurationError, Contract, EngineError, RunConfig
 
 STANDARD_INPUT = Path("-")
 _PART = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+_OPTION = re.compile(r"(\w+\.\w+)(\[\d+\])*")
+_OPTIONS = frozenset(
+    f"{section}.{option.alias}"
+    for section, field in RunConfig.model_fields.items()
+    if section != "run" and isinstance(field.annotation, type) and issubclass(field.annotation, Contract)
+    for option in field.annotation.model_fields.values()
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,20 @@ class JobFile:
     @contextmanager
     def locating(self) -> Iterator[None]:
         """Problems of the job that are raised inside say the file and the line too."""
-        with _locating(self.path, self.document):
-            yield
+        try:
+            with _locating(self.path, self.document):
+                yield
+        except InvalidJob:
+            raise
+        except EngineError as error:
+            raise type(error)(self.located(str(error))) from error
+
+    def located(self, sentence: str) -> str:
+        """A sentence of the engine's that begins with an option (`training.lr is ...`), with file, line and the option's path in the file; another as it is."""
+        option = _OPTION.match(sentence)
+        if option is None or option[1] not in _OPTIONS:
+            return sentence
+        return f"{_place(self.path, self.document, Problem(f'spec.{option[0]}', ''))}: spec.{sentence}"
 
 
 def load(path: Path) -> JobFile:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -22,7 +23,7 @@ from finetune_operator.describe import plan_text
 from finetune_operator.display import Display, open_display
 from finetune_operator.gang import Ending, Gang, Launcher
 from finetune_operator.job_file import JobFile
-from finetune_operator.machine import find_config, this_machine, visible_gpus
+from finetune_operator.machine import check_sources, find_config, missing_sources, this_machine, visible_gpus
 from finetune_operator.plan import LAUNCHER, Identity, NodePlan, Place, Plan, cluster_only_fields, make_plan
 from finetune_operator.runs import Run
 from finetune_operator.settings import Settings
@@ -52,20 +53,28 @@ def local_place(file: JobFile, work: Path, master_port: int = 0) -> Place:
 def run_job(file: JobFile, work: Path, resume: str | None, launcher: tuple[str, ...] = LOCAL_LAUNCHER) -> int:
     """Run a job to its end and return the run's exit code; raises ConfigurationError for what is refused before it starts."""
     policy = resume or file.job.spec.checkpoints.resume
+    with file.locating():
+        check_sources(_unclaimed_plan(file, work).config)
     with file.locating(), runs.claim(file.job, Settings(), local_place(file, work, _free_port()), policy) as run:
         runs.write_run_file(run)
-        return asyncio.run(_execute(file, run, launcher))
+        return asyncio.run(_execute(file, work, run, launcher))
 
 
 def describe_job(file: JobFile, work: Path, gpu_memory_gib: float | None) -> str:
     """What `run_job` would run, and what is chosen where the file is silent when the model's config.json is at hand."""
     with file.locating():
-        plan = make_plan(file.job, Settings(), local_place(file, work), Identity("<uid8>"))
-    facts = find_config(plan.config, os.environ)
-    machine = this_machine(plan, os.environ, gpu_memory_gib)
-    resolution = resolve(plan.config, read_facts(facts), machine) if facts is not None else None
-    notes = [ignored_sentence(file), None if gpu_memory_gib else _devices(plan)[1]]
-    return plan_text(plan, resolution, [note for note in notes if note])
+        plan = _unclaimed_plan(file, work)
+        facts = find_config(plan.config, os.environ)
+        machine = this_machine(plan, os.environ, gpu_memory_gib)
+        resolution = resolve(plan.config, read_facts(facts), machine) if facts is not None else None
+    absent = [f"{problem}; `finetune run` would refuse it on this machine" for problem in missing_sources(plan.config)]
+    notes = [ignored_sentence(file), None if gpu_memory_gib else _devices(plan)[1], *absent]
+    return plan_text(plan, resolution, [note for note in notes if note], on_cpu=machine.device == "cpu")
+
+
+def _unclaimed_plan(file: JobFile, work: Path) -> Plan:
+    """What would run, without a folder of results of its own yet."""
+    return make_plan(file.job, Settings(), local_place(file, work), Identity("<uid8>"))
 
 
 # With which environment
@@ -121,7 +130,7 @@ def ignored_sentence(file: JobFile) -> str | None:
     return f"ignored without a cluster: {', '.join(ignored)}" if ignored else None
 
 
-async def _execute(file: JobFile, run: Run, launcher: tuple[str, ...]) -> int:
+async def _execute(file: JobFile, work: Path, run: Run, launcher: tuple[str, ...]) -> int:
     started = time.monotonic()
     gpus, without_gpus = _devices(run.plan)
     display = open_display(f"{run.plan.job.namespace}/{run.plan.job.name}", run.plan.config.training.logging_steps)
@@ -131,7 +140,7 @@ async def _execute(file: JobFile, run: Run, launcher: tuple[str, ...]) -> int:
         ending = await _run_gang(run, launchers(run, launcher, os.environ, gpus), display)
     finally:
         display.close()
-    return _conclude(file, run, ending, time.monotonic() - started)
+    return _conclude(file, work, run, ending, time.monotonic() - started)
 
 
 def _devices(plan: Plan) -> tuple[list[str], str | None]:
@@ -228,18 +237,24 @@ def fetch_progress(address: str) -> Progress | None:
 # The end
 
 
-def _conclude(file: JobFile, run: Run, ending: Ending, seconds: float) -> int:
+def _conclude(file: JobFile, work: Path, run: Run, ending: Ending, seconds: float) -> int:
     """Say how it ended: results on standard output, a failure in a sentence on standard error."""
     report = runs.read_report(run)
     if ending.code == 0:
         print(success_text(run.folder, report, seconds), flush=True)
         return 0
     if exit_of(ending.code).reason is Reason.PREEMPTED or ending.asked:
-        again = f"continue with: finetune run -f {file.path} --resume auto" if runs.has_checkpoint(run.folder) else "there is no checkpoint yet"
+        again = f"continue with: {continue_command(file.path, work)}" if runs.has_checkpoint(run.folder) else "there is no checkpoint yet"
         print(f"stopped after {_duration(seconds)}; {again}", file=sys.stderr)
         return ending.code
-    print(failure_text(run, ending, report), file=sys.stderr)
+    print(failure_text(file, run, ending, report), file=sys.stderr)
     return ending.code
+
+
+def continue_command(path: Path, work: Path) -> str:
+    """The command that continues a stopped run, for a shell."""
+    elsewhere = () if work == names.DEFAULT_WORK else ("--work", str(work))
+    return shlex.join(("finetune", "run", "-f", str(path), *elsewhere, "--resume", "auto"))
 
 
 def success_text(folder: Path, report: RunReport | None, seconds: float) -> str:
@@ -259,13 +274,13 @@ def success_text(folder: Path, report: RunReport | None, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def failure_text(run: Run, ending: Ending, report: RunReport | None) -> str:
+def failure_text(file: JobFile, run: Run, ending: Ending, report: RunReport | None) -> str:
     """The reason in a sentence; where the trainer gave none, the end of the node's log."""
     host = run.plan.nodes[ending.node].host
     log = run.log_folder / f"{host}.log"
     if report is not None and report.failure is not None:
         rank = "" if report.failure.rank is None else f" (rank {report.failure.rank})"
-        return f"{report.failure.reason.value}{rank}: {report.failure.message}\nlog: {log}"
+        return f"{report.failure.reason.value}{rank}: {file.located(report.failure.message)}\nlog: {log}"
     tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if log.exists() else []
     return "\n".join([f"{exit_of(ending.code).reason.value}: {host} ended with exit code {ending.code}; the end of {log}:", *tail])
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune_operator.plan import Plan
-from finetune_trainer.contract import ConfigurationError, RunConfig
+from finetune_trainer.contract import ConfigurationError, DataError, EngineError, ModelError, RunConfig
 from finetune_trainer.resolve import Machine
 
 
@@ -21,10 +22,25 @@ def visible_gpus(environment: Mapping[str, str]) -> list[tuple[str, float]]:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    gpus = [line.split(", ") for line in answer.strip().splitlines()]
-    memory = {name: float(gpu[2]) / 1024 for gpu in gpus for name in gpu[:2]}
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
+    gpus = [(row[0], row[1], _gib(row[2])) for row in rows if len(row) == 3]
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
-    return [(name, memory[name]) for name in ([gpu[0] for gpu in gpus] if wanted is None else wanted.split(",")) if name in memory]
+    if wanted is None:
+        return [(index, memory) for index, _, memory in gpus]
+    named = ((name, _memory_of(name, gpus)) for name in map(str.strip, wanted.split(",")))
+    return [(name, memory) for name, memory in named if memory is not None]
+
+
+def _gib(mebibytes: str) -> float:
+    """Memory as nvidia-smi prints it, in GiB; 0 where it is not known (`[N/A]` with memory that the CPU shares)."""
+    return int(mebibytes) / 1024 if mebibytes.isdecimal() else 0.0
+
+
+def _memory_of(name: str, gpus: list[tuple[str, str, float]]) -> float | None:
+    """GiB of what an entry of CUDA_VISIBLE_DEVICES names: an index, the beginning of a UUID, or a part of a GPU (MIG), whose memory is not known."""
+    if name.startswith("MIG-"):
+        return 0.0
+    return next((memory for index, uuid, memory in gpus if name == index or (name.startswith("GPU-") and uuid.startswith(name))), None)
 
 
 def this_machine(plan: Plan, environment: Mapping[str, str], gpu_memory_gib: float | None = None) -> Machine:
@@ -38,6 +54,27 @@ def this_machine(plan: Plan, environment: Mapping[str, str], gpu_memory_gib: flo
     return Machine("cpu", plan.world_size, host / plan.processes_per_node)
 
 
+def check_sources(config: RunConfig) -> None:
+    """Refuse paths that lead nowhere, before anything is started; raises ModelError or DataError. Ids are the trainer's to look up."""
+    for problem in missing_sources(config):
+        raise problem
+
+
+def missing_sources(config: RunConfig) -> Iterator[EngineError]:
+    """One error for each path that leads nowhere on this machine."""
+    source = config.model.source
+    if source.startswith("/"):
+        if not os.path.isdir(source):
+            what = f"{source} is a file; it must be a Hugging Face model folder or a hub id" if os.path.exists(source) else f"there is no folder {source}"
+            yield ModelError(f"model.source: {what}")
+        elif not os.path.isfile(os.path.join(source, "config.json")):
+            yield ModelError(f"model.source: {source} is not a Hugging Face model folder: it has no config.json")
+    for index, dataset in enumerate(config.data.dataset):
+        path = dataset if os.path.exists(dataset) else re.sub(r"#[^#/]*$", "", dataset)
+        if path.startswith("/") and not os.path.exists(path):
+            yield DataError(f"data.dataset[{index}]: {path}: no such file or folder")
+
+
 def find_config(config: RunConfig, environment: Mapping[str, str]) -> dict[str, Any] | None:
     """The model's config.json when it is at hand: in its folder, or in the user's Hugging Face cache."""
     source = config.model.source
@@ -47,7 +84,7 @@ def find_config(config: RunConfig, environment: Mapping[str, str]) -> dict[str, 
     try:
         content = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"spec.model.source: cannot read {folder / 'config.json'}: {error}") from error
+        raise ConfigurationError(f"model.source: cannot read {folder / 'config.json'}: {error}") from error
     return content if isinstance(content, dict) else None
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 GROUP = "finetune.mcore.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "FineTuneJob"
+
+DEFAULT_WORK = Path("runs")
+"""Folder of all results of `finetune run`."""
 
 MAX_NAME_LENGTH = 52
 NAME_RULE = (

@@ -41,10 +41,18 @@ class FieldError(ValueError):
 
 def read(error: ValidationError) -> list[Problem]:
     """Every problem of a pydantic error, in the order of the fields."""
-    return [_problem(dict(problem)) for problem in error.errors(include_url=False)]
+    return [found for problem in error.errors(include_url=False) for found in _unknown_fields(dict(problem)) or [_problem(dict(problem))]]
 
 
-_UNKNOWN = re.compile(r"unknown field '([^']*)'")
+_UNKNOWN = re.compile(r"unknown field '([^']*)'(; did you mean '[^']*'\?)?")
+
+
+def _unknown_fields(problem: dict[str, Any]) -> list[Problem]:
+    """One problem for each name that the contract does not know; it tells all those of an object in one message."""
+    message = problem["msg"].removeprefix("Value error, ")
+    if not message.startswith("unknown field "):
+        return []
+    return [Problem(_join(_path(problem["loc"]), name), f"unknown field{hint}") for name, hint in _UNKNOWN.findall(message)]
 
 
 def _problem(problem: dict[str, Any]) -> Problem:
@@ -52,9 +60,6 @@ def _problem(problem: dict[str, Any]) -> Problem:
     cause = problem.get("ctx", {}).get("error")
     message = problem["msg"].removeprefix("Value error, ")
     field = _path(problem["loc"])
-    unknown = _UNKNOWN.match(message)
-    if unknown:
-        return Problem(_join(field, unknown[1]), f"unknown field{message[unknown.end() :]}")
     if problem["type"] == "extra_forbidden":
         return Problem(field, f"unknown field{_nearest_to(problem['loc'])}")
     if problem["type"] == "missing":

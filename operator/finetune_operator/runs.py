@@ -1,7 +1,7 @@
 """Folders of results on this machine: which run is continued, who holds it, and what it left.
 
-The run to continue is the newest of the job's name whose identity is the same, that has a checkpoint, has not succeeded and
-is not running; without one a new folder is made.
+The run to continue is the newest of the job's name whose identity is the same. Where there is none, or it has no checkpoint,
+has succeeded or is still running, a new folder is made.
 """
 
 from __future__ import annotations
@@ -47,13 +47,16 @@ def claim(job: FineTuneJob, settings: Settings, place: Place, policy: str) -> It
 
     for folder in _newest_first(jobs) if policy == "auto" else ():
         with _locked(folder) as is_mine:
-            earlier = _load(folder / "run.json", RunConfig) if is_mine else None
-            if earlier is None or not has_checkpoint(folder) or _has_succeeded(folder):
+            earlier = _load(folder / "run.json", RunConfig)
+            if earlier is None:
                 continue
             plan = planned(Identity(earlier.run.uid, earlier.run.attempt + 1))
-            if plan.config.identity() == earlier.identity() and plan.config.run.output_dir == str(folder):
+            if plan.config.identity() != earlier.identity() or plan.config.run.output_dir != str(folder):
+                continue
+            if is_mine and has_checkpoint(folder) and not _has_succeeded(folder):
                 yield Run(plan, folder, continued=True)
                 return
+            break
     plan = planned(Identity(str(uuid.uuid4())))
     folder = Path(plan.config.run.output_dir)
     _make_folder(folder)
@@ -67,8 +70,8 @@ def _newest_first(jobs: Path) -> list[Path]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(checkpoints.iterdir())
+    """Whether a run has left a finished checkpoint: its manifest is written last."""
+    return any(folder.glob("checkpoints/step-*/manifest.json"))
 
 
 def _has_succeeded(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
 
@@ -334,14 +334,32 @@ RULES: tuple[Callable[[Spec], None], ...] = (
 def parse(value: Any) -> FineTuneJob:
     """A FineTuneJob out of the JSON value of a document; raises InvalidJob with every problem found.
 
-    Types are strict and names camelCase, as the API server has them: `"8"` is not a number.
+    Types are strict and names camelCase, as the API server has them: `"8"` is not a number, and a field that is null is absent.
     """
     if not isinstance(value, dict):
         raise InvalidJob(Problem("", f"a FineTuneJob is a mapping that begins with apiVersion: {names.API_VERSION} and kind: {names.KIND}"))
     for key, right in (("apiVersion", names.API_VERSION), ("kind", names.KIND)):
         if value.get(key) != right:
             raise InvalidJob(Problem(key, f"it must be {right} (found {value.get(key, 'nothing')})"))
+    known = {**value, "spec": _without_nulls(value["spec"], Spec)} if "spec" in value else value
     try:
-        return FineTuneJob.model_validate_json(json.dumps(value), strict=True, by_alias=True, by_name=False)
+        return FineTuneJob.model_validate_json(json.dumps(known), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         raise InvalidJob(*problems.read(error)) from error
+
+
+def _without_nulls(value: Any, model: type[Contract] | None) -> Any:
+    """A value without the fields of its models that are null; what has no model (`podTemplate.spec`) stays as it is."""
+    if isinstance(value, list):
+        return [_without_nulls(item, model) for item in value]
+    if model is None or not isinstance(value, dict):
+        return value
+    models = {field.alias: _model_in(field.annotation) for field in model.model_fields.values()}
+    return {key: _without_nulls(item, models.get(key)) for key, item in value.items() if item is not None or key not in models}
+
+
+def _model_in(annotation: Any) -> type[Contract] | None:
+    """The model that a field's type has in it: `Volumes | None`, `list[EnvVar]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Contract):
+        return annotation
+    return next((found for found in map(_model_in, get_args(annotation)) if found), None)

@@ -77,8 +77,12 @@ def import_rows(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
     size = f"{measured['bytes'] / 2**20:.0f} MiB"
     works = []
     for state in ("warm", "cold"):
-        works.append(row(f"import of {size}, {state} page cache, against reading the bytes", "s", seconds[f"import {state}"], seconds[f"read {state}"]))
-        works.append(row(f"import of {size}, {state} page cache, against transformers", "s", seconds[f"import {state}"], seconds[f"transformers {state}"]))
+        for peer, what in (
+            ("read", "reading the bytes into fresh memory"),
+            ("reread", "reading the bytes into memory in use"),
+            ("transformers", "transformers"),
+        ):
+            works.append(row(f"import of {size}, {state} page cache, against {what}", "s", seconds[f"import {state}"], seconds[f"{peer} {state}"]))
     return works
 
 

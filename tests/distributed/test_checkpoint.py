@@ -15,7 +15,7 @@ import pytest
 
 from factories import make_rows, make_tiny_model
 from finetune_trainer import hf_files
-from finetune_trainer.contract import Preempted
+from finetune_trainer.contract import ConfigurationError, Preempted
 from gang import Gang
 from small_runs import Job, Outcome, export_megatron, train
 
@@ -148,6 +148,19 @@ def test_another_runs_checkpoints_are_left_alone_and_kept(gang1: Gang, model: Pa
     assert names["step-3"] != job.config.identity()
 
 
+def test_a_run_on_changed_rows_starts_anew_and_keeps_the_old_checkpoints(gang1: Gang, model: Path, tmp_path: Path) -> None:
+    """The data set has the same name, so the identity is the same."""
+    data = make_rows(tmp_path, 40)
+    job = Job(model, data, tmp_path / "run", training={"trainIters": 3}, checkpoints={"saveTotalLimit": 1})
+    gang1.run(train, job)
+    data.write_text(data.read_text().replace("0. ", "zero. "))
+    other = gang1.run(train, job)[0]
+    assert other.resumed_from == 0
+    assert other.notes[-1] == f"{tmp_path / 'run' / 'checkpoints' / 'step-3'} is left alone: it was saved with other rows under the same name"
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-3", "step-3-other-1"]
+    assert gang1.run(train, job)[0].resumed_from == 3
+
+
 def test_only_the_newest_checkpoints_are_kept(gang1: Gang, model: Path, rows: Path, tmp_path: Path) -> None:
     gang1.run(train, Job(model, rows, tmp_path, checkpoints={"saveSteps": 1, "saveTotalLimit": 2}))
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-5", "step-6"]
@@ -191,6 +204,14 @@ def test_the_megatron_format_is_the_whole_model_and_read_on_any_layout(gang1: Ga
     assert gang2.run(export_megatron, Job(**finished, parallelism=PP2), tmp_path / "megatron", write=False) == [[], []]
     base = Job(model, rows, tmp_path / "other", parallelism=TP2, tuning=FULL, training={"trainIters": 1, "lr": 1e-2})
     assert "decoder.layers.0.self_attention.linear_qkv.weight" in gang2.run(export_megatron, base, tmp_path / "megatron", write=False)[1]
+
+
+def test_the_megatron_format_leaves_a_folder_of_other_content_alone(gang1: Gang, model: Path, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"megatron is not empty and holds no export"):
+        gang1.run(export_megatron, Job(model, rows, tmp_path / "run", training={"trainIters": 1}), tmp_path / "megatron", write=True)
+    assert [path.name for path in (tmp_path / "megatron").iterdir()] == ["thesis.txt"]
 
 
 def test_the_megatron_format_holds_merged_weights_and_leaves_the_adapters_in_place(gang2: Gang, model: Path, rows: Path, tmp_path: Path) -> None:

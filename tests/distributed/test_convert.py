@@ -307,14 +307,6 @@ def write_adapter(layout: Layout, target: Path, rows: list[list[int]]) -> tuple[
     return differing, model.logits(built.chunks, rows, built.ranks)
 
 
-def read_adapter(layout: Layout, adapter: Path, target: Path) -> None:
-    """Load an adapter and export it again."""
-    built, hf = load(layout)
-    lora.attach(built.chunks, built.config.tuning, 1)
-    convert.load_adapter(built.chunks, built.family, hf, adapter, built.ranks)
-    convert.export_adapter(built.chunks, built.family, hf, built.ranks, target, built.config.tuning, str(layout.folder))
-
-
 def peft_logits(base: Path, adapter: Path, rows: list[list[int]], *, merge: bool = False) -> list[torch.Tensor]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -370,27 +362,3 @@ def test_adapter_of_some_layers_names_only_these(folders: dict[str, Path], gang2
     assert config["target_modules"] == ["gate_proj", "o_proj", "up_proj"]
     assert config["use_rslora"] is True
     assert len(load_file(tmp_path / "peft" / "adapter_model.safetensors")) == 4 * 3 * 2
-
-
-def test_adapter_is_read_back_on_another_layout(folders: dict[str, Path], gang2: Gang, gang4: Gang, tmp_path: Path) -> None:
-    gang2.run(write_adapter, Layout(folders["qwen2"], LAYOUTS["tp2"], tuning=LORA), tmp_path, [[1]])
-    gang4.run(read_adapter, Layout(folders["qwen2"], LAYOUTS["tp2-pp2"], tuning=LORA), tmp_path / "peft", tmp_path / "again")
-    assert bits(load_file(tmp_path / "again" / "adapter_model.safetensors")) == bits(load_file(tmp_path / "peft" / "adapter_model.safetensors"))
-
-
-def test_adapter_that_does_not_fit_is_refused(folders: dict[str, Path], gang1: Gang, tmp_path: Path) -> None:
-    layout = Layout(folders["llama"], tuning=LORA)
-    gang1.run(write_adapter, layout, tmp_path, [[1]])
-    adapter, weights = tmp_path / "peft", tmp_path / "peft" / "adapter_model.safetensors"
-    named = load_file(weights)
-    name = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
-    save_file({**named, name: named[name] + 1}, weights)
-    with pytest.raises(
-        ModelError, match=r"layers\.1\.self_attn\.k_proj\.lora_A\.weight differs from .*layers\.1\.self_attn\.q_proj\.lora_A\.weight; .* share one lora_A"
-    ):
-        gang1.run(read_adapter, layout, adapter, tmp_path / "again")
-    save_file({other: tensor for other, tensor in named.items() if other != name}, weights)
-    with pytest.raises(ModelError, match=rf"1 missing: {name}"):
-        gang1.run(read_adapter, layout, adapter, tmp_path / "again")
-    with pytest.raises(ModelError, match=r"scaled by 3\.0, this run's by 5\.0; tuning\.loraRank, loraAlpha and useRslora"):
-        gang1.run(read_adapter, Layout(folders["llama"], tuning={**LORA, "loraAlpha": 20}), adapter, tmp_path / "again")

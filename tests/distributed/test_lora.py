@@ -11,7 +11,6 @@ import torch
 
 from factories import VOCAB_SIZE, make_tiny_model
 from finetune_trainer import lora, model
-from finetune_trainer.contract import ConfigurationError, TuningConfig
 from gang import Gang
 from small_models import Built, Layout, build, collect_gradients, counted_square, token_rows
 
@@ -229,13 +228,6 @@ def test_dropout_is_alike_where_ranks_hold_the_same_input(layout: str, name: str
     assert torch.equal(first[0], second[0]) is alike
     assert not torch.equal(first[0], first[1])
     assert first[0].count_nonzero() == pytest.approx(3200, abs=200)
-
-
-def test_an_unknown_target_is_refused_with_the_nearest_known_one() -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"tuning.targetModules: 'linear_kqv' names no layer; did you mean 'linear_qkv'\? \(known are all-linear, linear_qkv"
-    ):
-        lora.read_targets(TuningConfig(target_modules=["linear_kqv"]))
 
 
 def scales(layout: Layout) -> set[float]:

@@ -160,6 +160,13 @@ def test_losses_and_gradients_are_those_of_transformers_and_peft(family: str, ga
     check_job(make_tiny_model(family, tmp_path / "model"), make_rows(tmp_path, 40), tmp_path, gang1)
 
 
-@pytest.mark.parametrize("parallelism", [{"tensorModelParallelSize": 2, "sequenceParallel": True}, {"pipelineModelParallelSize": 2}], ids=["TP2+SP", "PP2"])
+TWO_PROCESSES = {
+    "TP2+SP": {"tensorModelParallelSize": 2, "sequenceParallel": True},
+    "PP2": {"pipelineModelParallelSize": 2},
+    "DP2": {"useDistributedOptimizer": False},  # with it, a process has the sum of the gradients for its share of the weights alone
+}
+
+
+@pytest.mark.parametrize("parallelism", TWO_PROCESSES.values(), ids=TWO_PROCESSES)
 def test_two_processes_find_the_same_gradients(parallelism: dict[str, Any], gang2: Gang, tmp_path: Path) -> None:
     check_job(make_tiny_model("qwen3", tmp_path / "model"), make_rows(tmp_path, 40), tmp_path, gang2, parallelism=parallelism)

@@ -109,7 +109,7 @@ def fail(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
     """Node 1 fails as the trainer would; the others wait to be ended."""
     if node == 1:
         await_nodes(folder)
-        failure = FailureReport(reason=Reason.MODEL, message="model.safetensors is truncated", rank=1, exit_code=12)
+        failure = FailureReport(reason=Reason.MODEL, message=os.environ.get("MESSAGE", "model.safetensors is truncated"), rank=1, exit_code=12)
         (folder / "report.json").write_text(report(config, succeeded=False, failure=failure).model_dump_json())
         return 12
     signals.wait()
@@ -134,6 +134,7 @@ def stop(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
         return finish(config, folder, node, signals)
     signals.wait()
     (folder / "checkpoints" / "step-3").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "step-3" / "manifest.json").write_text("{}")
     return 143
 
 

@@ -98,7 +98,7 @@ def test_ctrl_c_checkpoints_and_resume_auto_continues_the_same_curve(folder: Pat
     (folder / "job.yaml").write_text(JOB % {"steps": 60, "nodes": 1})
     code, errors = stop_after(folder, "step ", [signal.SIGINT])
     assert code == 143
-    assert f"continue with: finetune run -f {folder / 'job.yaml'} --resume auto" in errors
+    assert f"continue with: finetune run -f {folder / 'job.yaml'} --work {folder / 'results'} --resume auto" in errors
     (results,) = result_folders(folder)
     stopped = read_report(results)
     assert not stopped["succeeded"]
@@ -134,5 +134,6 @@ def test_missing_model_is_refused_in_a_sentence(folder: Path) -> None:
     (folder / "job.yaml").write_text((JOB % {"steps": 4, "nodes": 1}).replace("./model", "./nowhere"))
     code, _, errors = run(folder)
     assert code == 12
-    assert str(folder / "nowhere") in errors
+    assert errors == f"finetune: {folder}/job.yaml:6: spec.model.source: there is no folder {folder}/nowhere\n"
+    assert not (folder / "results").exists()
     assert "Traceback" not in errors

@@ -100,6 +100,14 @@ def test_when_one_node_fails_all_end_and_its_reason_is_said(tmp_path: Path, caps
     assert capsys.readouterr().err.splitlines() == ["Model (rank 1): model.safetensors is truncated", f"log: {folder}/logs/attempt-1/tiny-1.log"]
 
 
+def test_a_trainers_failure_about_an_option_says_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = "data.maxLength is 8; no row is that short"
+    assert run(tmp_path, data={"dataset": ["org/rows"], "maxLength": 8}, nodes=behaving("fail", count=2, env=[{"name": "MESSAGE", "value": message}])) == 12
+    text = (tmp_path / "job.yaml").read_text().splitlines()
+    line = text.index("    maxLength: 8") + 1
+    assert capsys.readouterr().err.startswith(f"Model (rank 1): {tmp_path}/job.yaml:{line}: spec.{message}\n")
+
+
 def test_a_launcher_that_leaves_no_reason_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, nodes=behaving("crash")) == 1
     errors = capsys.readouterr().err.splitlines()
@@ -163,7 +171,7 @@ def test_a_signal_stops_all_nodes_after_a_checkpoint_and_resume_continues(tmp_pa
     assert code == 143
     assert "stopping after a checkpoint; once more stops at once" in out
     assert err.startswith("stopped after ")
-    assert f"continue with: finetune run -f {tmp_path / 'job.yaml'} --resume auto" in err
+    assert f"continue with: finetune run -f {tmp_path / 'job.yaml'} --work {tmp_path / 'runs'} --resume auto" in err
     with started(tmp_path, nodes=behaving("stop", count=2)) as again:
         code, out, err = again.end()
     assert (code, err) == (0, "")

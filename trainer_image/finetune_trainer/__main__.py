@@ -6,6 +6,9 @@ Everything heavy is imported inside functions: /progress is answered before torc
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
+import math
 import multiprocessing
 import os
 import resource
@@ -15,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,7 +32,6 @@ from finetune_trainer.contract import (
     DataError,
     EngineError,
     FailureReport,
-    Preempted,
     Reason,
     RunConfig,
     Verification,
@@ -51,35 +53,40 @@ TIMED_OUT = ("timed out", "timeout")
 
 
 class Stop:
-    """Whether this process was asked to end. While nothing is lost by it, it ends at once; in training, after the step."""
+    """Whether this process was asked to end by SIGTERM or SIGINT.
+
+    In training it ends after the step. Elsewhere nothing is lost by it, and the kernel ends it at once: a handler would not run
+    inside C++ (waiting for the other ranks), and what it raised could be taken for an error of a library. The launcher says why.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._at_once = True
-
-    def handle(self, number: int, _frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT has come."""
-        self.requested = True
-        if self._at_once:
-            raise Preempted(
-                f"the run was asked to stop ({signal.Signals(number).name}) when no training was under way; it goes on from its newest checkpoint, if it has one"
-            )
+        self._handle_signals(signal.SIG_DFL)
 
     @contextmanager
     def waits(self) -> Iterator[None]:
         """While training lasts: the loop asks ``requested`` after each step."""
-        self._at_once = False
+        self._handle_signals(self._note)
         try:
             yield
         finally:
-            self._at_once = True
+            self._handle_signals(signal.SIG_DFL)
+
+    def ignore(self) -> None:
+        """While the last words are written."""
+        self._handle_signals(signal.SIG_IGN)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+
+    def _handle_signals(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one rank; returns the exit code."""
     stop = Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop.handle)
     report: Report | None = None
     rank, identity = 0, ""
     try:
@@ -89,9 +96,8 @@ def main(arguments: Sequence[str]) -> int:
         report = Report(config, rank)
         report.serve()
         run(config, identity, report, stop)
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the one place where every failure gets its reason and exit code
-        stop.requested = True
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    except Exception as error:  # noqa: BLE001 the one place where every failure gets its reason and exit code
+        stop.ignore()
         failure = describe(error, rank)
         leave(failure, report, identity)
         return failure.report.exit_code
@@ -115,7 +121,6 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
         convert,
         data,
         families,
-        hf_export,
         hf_files,
         lora,
         memory,
@@ -133,11 +138,18 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
     config = agree(given, from_every((given.model_dump(), given.run.output_dir)))
     machine = parallel.describe_machine()
 
+    def tell(line: str) -> None:
+        report.say(line)
+        report.heartbeat()
+
     def read() -> tuple[HFModel, Family, resolve.Resolution, Rows]:
         hf = hf_files.open_model(config.model)
         family = families.find(hf.config)
-        resolution = resolve.resolve(config, memory.read_facts(hf.config), machine)
-        return hf, family, resolution, data.open_rows(resolution.config.data, data.load_tokenizer(hf.folder))
+        facts = memory.read_facts(hf.config)
+        resolution = resolve.resolve(config, facts, machine)
+        rows = data.open_rows(resolution.config.data, data.load_tokenizer(hf.folder), tell)
+        data.check_vocabulary(rows, facts.vocab_size)
+        return hf, family, resolution, rows
 
     hf, family, resolution, rows = together(read)
     check_same_rows(from_every(rows.digest))
@@ -157,16 +169,15 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
     together(lambda: lora.attach(chunks, config.tuning, config.training.seed))
     trainer = train.prepare(chunks, family, hf.config, config, ranks, total_steps)
 
-    checkpoints = checkpoint.Checkpoints(config, identity, trainer.state, report)
+    checkpoints = checkpoint.Checkpoints(config, identity, {"rows": rows.digest, "model": model_digest(hf)}, trainer.state, report)
     beginning = checkpoints.resume(total_steps)
-    needed = checkpoint_files.needed_bytes(config, *training_state.count_bytes(trainer.state), model_bytes(hf), total_steps - beginning.step)
-    together(lambda: hf_export.check_output_folder(Path(config.run.output_dir), needed))
+    needed = checkpoint_files.needed_bytes(config, *training_state.count_bytes(trainer.state), model_bytes(hf, config), total_steps - beginning.step)
+    artifacts = prepare_output(config, total_steps, needed)
     with stop.waits():
         train.fit(trainer, rows, config, ranks, report, checkpoints, beginning, lambda: stop.requested)
 
     checkpoints.refuse_newer_attempt()
     report.stage("exporting")
-    artifacts = [(kind, folder) for kind, folder in artifact_folders(config, Path(config.run.output_dir), total_steps).items()]
     for kind, folder in artifacts:
         export(kind, folder, chunks, family, hf, config, ranks, total_steps)
         report.heartbeat()
@@ -197,15 +208,40 @@ def check_same_rows(digests: Sequence[str]) -> None:
             raise DataError(f"data.dataset: rank {rank} has read other rows than rank 0; every node must see the same files and the same tokenizer")
 
 
-def model_bytes(hf: HFModel) -> int:
-    """Bytes of the model's tensors on disk."""
-    total = 0
-    for entry in hf.entries.values():
-        size = entry.dtype.itemsize
-        for length in entry.shape:
-            size *= length
-        total += size
-    return total
+def model_digest(hf: HFModel) -> str:
+    """Hash of config.json and of every tensor's name, shape and data type, 16 hexadecimal digits; the weights' values are not read."""
+    tensors = sorted((name, list(entry.shape), str(entry.dtype)) for name, entry in hf.entries.items())
+    return hashlib.sha256(json.dumps([hf.config, tensors], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_bytes(hf: HFModel, config: RunConfig) -> int:
+    """Bytes of the model's tensors as an export has them: in the data type of the run, whatever the source's is."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, config.model.torch_dtype or "float32")
+    return sum(math.prod(entry.shape) for entry in hf.entries.values()) * dtype.itemsize
+
+
+def prepare_output(config: RunConfig, total_steps: int, needed: int) -> list[tuple[ArtifactFormat, Path]]:
+    """Before training: remove what killed exports have left, and prove that every result can be written. Collective.
+
+    Returns the results that are to come. Raises ConfigurationError for a folder that holds something else, cannot be
+    written, or whose disk has fewer than ``needed`` bytes free.
+    """
+    from finetune_trainer import hf_export
+    from finetune_trainer.agreement import from_first, together
+
+    output_dir = Path(config.run.output_dir)
+    artifacts = list(artifact_folders(config, output_dir, total_steps).items())
+
+    def check() -> None:
+        for _, folder in artifacts:
+            hf_export.check_replaceable(folder)
+        hf_export.check_output_folder(output_dir, needed)
+
+    from_first(lambda: hf_export.remove_partials(output_dir))
+    together(check)
+    return artifacts
 
 
 def artifact_folders(config: RunConfig, output_dir: Path, step: int) -> dict[ArtifactFormat, Path]:

@@ -12,7 +12,7 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from multiprocessing import get_context
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from finetune_trainer import hf_files, launch, megatron_cpu, training_state
+from finetune_trainer import hf_export, hf_files, launch, megatron_cpu, training_state
 from finetune_trainer.agreement import from_every, from_first
 from finetune_trainer.checkpoint_files import (
     CLAIM,
@@ -32,6 +32,7 @@ from finetune_trainer.checkpoint_files import (
     Manifest,
     check_index,
     choose_checkpoint,
+    finish_replacements,
     free_name,
     make_empty,
     read_manifest,
@@ -58,10 +59,11 @@ LATEST = "latest_checkpointed_iteration.txt"
 class Checkpoints:
     """The checkpoints of one run, and what it takes to write and to find them."""
 
-    def __init__(self, config: RunConfig, identity: str, state: TrainingState, report: Report) -> None:
+    def __init__(self, config: RunConfig, identity: str, digests: Mapping[str, str], state: TrainingState, report: Report) -> None:
         self.folder = Path(config.run.output_dir) / "checkpoints"
         self._options = config.checkpoints
         self._claim = Claim(identity=identity, attempt=config.run.attempt)
+        self._digests = dict(digests)
         self._state = state
         self._report = report
         self._queue = AsyncCallsQueue() if config.checkpoints.async_save else None
@@ -87,14 +89,20 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_newer_attempt()
         write_atomically(self.folder / CLAIM, self._claim.model_dump_json().encode())
+        finish_replacements(self.folder)
         for partial in [*self.folder.glob(".partial-*"), *self.folder.glob(".old-*")]:
             shutil.rmtree(partial)
         if self._options.resume == "never":
             return None, []
-        found, notes = choose_checkpoint(self.folder, self._claim.identity, total_steps)
+        found, notes = choose_checkpoint(self.folder, self._claim.identity, total_steps, self._digests)
         if found is not None:
             check_index(found / INDEX)
         return found, notes
+
+    @property
+    def resumable(self) -> bool:
+        """Whether training can go on from what ``save`` writes."""
+        return not self._options.no_save_optim
 
     def is_due(self, step: int) -> bool:
         """Whether ``saveSteps`` asks for a checkpoint after ``step``."""
@@ -114,6 +122,7 @@ class Checkpoints:
             attempt=self._claim.attempt,
             step=step,
             updates=updates,
+            digests=self._digests,
             with_optimizer=not self._options.no_save_optim,
             grad_scaler=_scaler_state(self._state),
             world_size=ranks.world_size,
@@ -167,12 +176,12 @@ class Checkpoints:
         old = self.folder / f".old-step-{manifest.step}"
         if place.exists():
             found = read_whole(place)
-            place.rename(old if isinstance(found, Manifest) and found.identity == manifest.identity else free_name(place))
+            place.rename(old if isinstance(found, Manifest) and found.is_of(manifest.identity, self._digests) else free_name(place))
         partial.rename(place)
         sync_folder(self.folder)
         if old.exists():
             shutil.rmtree(old)
-        for path in surplus(self.folder, manifest.identity, self._options.save_total_limit):
+        for path in surplus(self.folder, manifest.identity, self._options.save_total_limit, self._digests):
             shutil.rmtree(path)
 
     def _refuse_newer_attempt(self) -> None:
@@ -228,7 +237,8 @@ def _restore_scaler(state: TrainingState, saved: dict[str, float]) -> None:
 
 def save_model(chunks: Sequence[torch.nn.Module], ranks: Ranks, folder: Path, step: int) -> None:
     """Write the whole model (LoRA merged) as Megatron-core's torch_dist: ``iter_<step>`` and ``latest_checkpointed_iteration.txt``, as Megatron-LM reads it. Collective."""
-    partial = folder.with_name(f".partial-{folder.name}")
+    from_first(functools.partial(hf_export.check_replaceable, folder))
+    partial = hf_export.partial_folder(folder)
     iteration = partial / f"iter_{step:07}"
     from_first(functools.partial(make_empty, iteration, partial))
     _collect_results_in(asynchronous=False)
@@ -237,12 +247,12 @@ def save_model(chunks: Sequence[torch.nn.Module], ranks: Ranks, folder: Path, st
         dist_checkpointing.save(content, str(iteration), _strategy())
     from_first(lambda: write_atomically(partial / LATEST, str(step).encode()))
     _describe_files(partial, ranks)
-    from_first(functools.partial(_replace_folder, partial, folder))
+    from_first(functools.partial(hf_export.replace_folder, partial, folder))
 
 
 def differing_weights(chunks: Sequence[torch.nn.Module], folder: Path) -> list[str]:
     """Read a folder of ``save_model`` back: names of this rank's parameters, as this stage calls them, that are not bitwise there. Collective."""
-    iteration = folder / f"iter_{int((folder / LATEST).read_text()):07}"
+    iteration = folder / f"iter_{int((folder / LATEST).read_text(encoding='utf-8')):07}"
     differing = []
     with _merged(chunks):
         content = _sharded_weights(chunks)
@@ -269,13 +279,6 @@ def _describe_files(folder: Path, ranks: Ranks) -> None:
     files = {name: entry for each in from_every(own) for name, entry in each.items()}
     content = {"version": 1, "files": dict(sorted(files.items()))}
     from_first(lambda: write_atomically(folder / hf_files.MANIFEST, json.dumps(content, indent=2).encode()))
-
-
-def _replace_folder(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    sync_folder(folder.parent)
 
 
 @contextmanager

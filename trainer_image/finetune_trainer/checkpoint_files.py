@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
@@ -20,6 +21,7 @@ from finetune_trainer.contract import ArtifactFormat, Contract, CurvePoint, Mode
 MANIFEST = "manifest.json"
 CLAIM = "attempt.json"
 INDEX = ".metadata"
+NOTHING_KNOWN: Mapping[str, str] = MappingProxyType({})
 
 
 class Manifest(Contract):
@@ -32,6 +34,8 @@ class Manifest(Contract):
     updates: Natural
     """Steps that changed the weights; fewer than ``step`` where float16 gradients overflowed."""
     with_optimizer: bool
+    digests: dict[str, str] = Field({})
+    """Hashes of what the identity only names: ``rows`` and ``model``."""
     grad_scaler: dict[str, float] = Field({})
     world_size: Natural
     tensor_model_parallel_size: Natural
@@ -40,6 +44,14 @@ class Manifest(Contract):
     curve: list[CurvePoint]
     files: dict[str, int]
     """Bytes by file name."""
+
+    def changed(self, digests: Mapping[str, str]) -> list[str]:
+        """Names of what was something else when this checkpoint was saved; what either side does not know counts as the same."""
+        return [name for name, digest in digests.items() if self.digests.get(name, digest) != digest]
+
+    def is_of(self, identity: str, digests: Mapping[str, str]) -> bool:
+        """Whether a run of this identity that trains on this has saved it."""
+        return self.identity == identity and not self.changed(digests)
 
 
 class Claim(Contract):
@@ -75,8 +87,11 @@ def _by_step(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def choose_checkpoint(folder: Path, identity: str, total_steps: int) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a sentence for every one that was passed over."""
+def choose_checkpoint(folder: Path, identity: str, total_steps: int, digests: Mapping[str, str] = NOTHING_KNOWN) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a sentence for every one that was passed over.
+
+    ``digests`` as in Manifest; what is not given is not compared.
+    """
     notes = []
     foreign: dict[str, list[str]] = {}
     for path in _by_step(folder):
@@ -85,6 +100,10 @@ def choose_checkpoint(folder: Path, identity: str, total_steps: int) -> tuple[Pa
             notes.append(f"{path} is left alone: {manifest}")
         elif manifest.identity != identity:
             foreign.setdefault(manifest.identity, []).append(path.name)
+        elif changed := manifest.changed(digests):
+            notes.append(
+                f"{path} is left alone: it was saved with {' and '.join(f'other {name}' if name == 'rows' else f'another {name}' for name in changed)} under the same name"
+            )
         elif not manifest.with_optimizer:
             notes.append(f"{path} is left alone: it was saved with noSaveOptim, so training cannot go on from it")
         elif manifest.step > total_steps:
@@ -101,17 +120,34 @@ def _describe_foreign(folder: Path, names: Sequence[str], other: str, identity: 
     )
 
 
-def surplus(folder: Path, identity: str, limit: int | None) -> list[Path]:
+def surplus(folder: Path, identity: str, limit: int | None, digests: Mapping[str, str] = NOTHING_KNOWN) -> list[Path]:
     """Whole checkpoints of this run beyond the newest ``limit``."""
     if limit is None:
         return []
-    own = [path for path in _by_step(folder) if isinstance(found := read_whole(path), Manifest) and found.identity == identity]
+    own = [path for path in _by_step(folder) if isinstance(found := read_whole(path), Manifest) and found.is_of(identity, digests)]
     return own[limit:]
 
 
 def free_name(path: Path) -> Path:
     """A name beside ``path`` for another run's checkpoint that stands where ours is to be."""
     return next(name for number in range(1, 10_000) if not (name := path.with_name(f"{path.name}-other-{number}")).exists())
+
+
+def finish_replacements(folder: Path) -> None:
+    """Where a save was killed between its two renames, put the new checkpoint in its place when it is whole, else the old one back."""
+    for old in folder.glob(".old-step-*"):
+        place = folder / old.name.removeprefix(".old-")
+        if place.exists():
+            continue
+        before = read_whole(old)
+        partials = sorted(folder.glob(f".partial-{place.name}-*"))
+        new = (
+            path
+            for path in partials
+            if isinstance(before, Manifest) and isinstance(found := read_whole(path), Manifest) and found.is_of(before.identity, before.digests)
+        )
+        next(new, old).rename(place)
+        sync_folder(folder)
 
 
 def make_empty(folder: Path, top: Path | None = None) -> None:

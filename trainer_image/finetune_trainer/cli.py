@@ -7,12 +7,15 @@ flag means is in ``flags.py``; which processes there are, and where, the launche
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.metadata import version
+from os.path import exists, isdir  # False, where Path's raise: a name that is too long for a file
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +76,9 @@ def launch(arguments: list[str]) -> int:
     """`megatron launch RUN.json`."""
     if len(arguments) != 1:
         raise ConfigurationError(f"megatron launch needs one file, RUN.json (found {len(arguments)})")
-    return _start(RunConfig.load(Path(arguments[0])))
-
-
-def _start(config: RunConfig) -> int:
     from finetune_trainer import launch as launcher  # here, so that --help and refusals need not wait for it
 
-    return launcher.launch(config)
+    return launcher.launch(RunConfig.load(Path(arguments[0])))
 
 
 # sft
@@ -94,9 +93,13 @@ def sft(arguments: list[str]) -> int:
     for note in line.notes():
         _say(note)
     config = make_run(line, datetime.now())
-    write_run(config)
-    _say(f"results: {config.run.output_dir}")
-    return _start(config)
+    from finetune_trainer import launch as launcher
+
+    launcher.check_inputs(config)
+    if launcher.is_first_node():  # every node computes a folder, the gang uses the first node's
+        write_run(config)
+        _say(f"results: {config.run.output_dir}")
+    return launcher.launch(config)
 
 
 def make_run(line: flags.CommandLine, now: datetime) -> RunConfig:
@@ -116,8 +119,8 @@ def write_run(config: RunConfig) -> None:
     folder = Path(config.run.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".run.json.partial"
-        partial.write_text(config.dump() + "\n")
+        partial = folder / f".run.json.{socket.gethostname()}-{os.getpid()}"  # another command may write to the same folder
+        partial.write_text(config.dump() + "\n", encoding="utf-8")
         partial.replace(folder / "run.json")
     except OSError as error:
         raise ConfigurationError(f"--output_dir: cannot write to {folder}: {error.strerror}") from error
@@ -135,7 +138,7 @@ def with_paths(config: RunConfig) -> RunConfig:
 def _path(text: str) -> str:
     """An existing path, or what can only be one, as an absolute path; an id as it is."""
     path = Path(text).expanduser()
-    return str(path.absolute()) if path.exists() or text.startswith(("/", "./", "../", "~/")) else text
+    return str(path.absolute()) if exists(path) or text.startswith(("/", "./", "../", "~/")) else text
 
 
 def _dataset_path(entry: str) -> str:
@@ -145,9 +148,11 @@ def _dataset_path(entry: str) -> str:
 
 def _read_system(name: str) -> str:
     try:
-        return Path(name).expanduser().read_text()
+        return Path(name).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"--system: cannot read {name}: {error.strerror}; a prompt that ends with .txt names a file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"--system: {name} is not UTF-8 (byte {error.start}: {error.reason}); a prompt must be text in UTF-8") from error
 
 
 def model_name(source: str) -> str:
@@ -158,7 +163,7 @@ def model_name(source: str) -> str:
 
 def _versions(base: Path) -> list[tuple[int, Path]]:
     """The version folders of earlier runs, newest first."""
-    found = [(int(match[1]), path) for path in (base.iterdir() if base.is_dir() else ()) if (match := _VERSION_FOLDER.fullmatch(path.name))]
+    found = [(int(match[1]), path) for path in (base.iterdir() if isdir(base) else ()) if (match := _VERSION_FOLDER.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 

@@ -52,9 +52,9 @@ class Contract(BaseModel):
     def _refuse_unknown_fields(cls, value: Any) -> Any:
         if isinstance(value, dict):
             known = {name: to_camel(name) for name in cls.model_fields}
-            for key in value:
-                if key not in known and key not in known.values():
-                    raise ValueError(f"unknown field {key!r}{nearest(str(key), sorted(known.values()))}")
+            unknown = [key for key in value if key not in known and key not in known.values()]
+            if unknown:
+                raise ValueError("; ".join(f"unknown field {key!r}{nearest(str(key), sorted(known.values()))}" for key in unknown))
         return value
 
 

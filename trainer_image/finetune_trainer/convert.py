@@ -7,7 +7,6 @@ All functions are collective: every rank of the run calls them together.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,17 +30,6 @@ from megatron.core import parallel_state  # isort: skip  (after finetune_trainer
 Chunks = Sequence[torch.nn.Module]
 Pieces = Iterable[tuple[str, Piece]]
 """Canonical name of the parameter, and a piece of it."""
-
-UNSUPPORTED_ADAPTERS: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-}
-"""What these options of an adapter_config.json may be; a missing one is None (peft_type must be there)."""
 
 
 def import_base(chunks: Chunks, family: Family, hf: HFModel, ranks: Ranks) -> None:
@@ -100,29 +88,6 @@ def export_adapter(chunks: Chunks, family: Family, hf: HFModel, ranks: Ranks, fo
     _write_folder(writer, _adapter_pieces(chunks, layout, _own_rows(layout, ranks)), layout, ranks, texts, {})
 
 
-def load_adapter(chunks: Chunks, family: Family, hf: HFModel, folder: Path, ranks: Ranks) -> None:
-    """Read a PEFT adapter of the model ``hf`` into the LoRA layers that ``lora.attach`` has made.
-
-    Raises ModelError for another rank, scale or kind of adapter, names that do not match, and As that differ where the
-    layers share one (q, k, v; gate, up).
-    """
-    layout = _layout(family, hf, ranks)
-    source = hf_files.open_adapter(folder)
-    linears = _adapted_linears(chunks, layout, ranks)
-    _check_adapter_config(source, [layer.scale for _, layer in lora.adapters(chunks)])
-    match_names(f"the adapter {folder}", [spec.name for spec in _adapter_specs(chunks, linears, layout, hf)], source.entries)
-    loaded: dict[int, Piece] = {}  # by address: the Hugging Face layers within one Megatron-core layer share its lora_A
-    for _, piece in _adapter_pieces(chunks, layout, _every_row):
-        shared = loaded.setdefault(piece.place.data_ptr(), piece)
-        if shared is piece:
-            _load(piece, source)
-        elif not torch.equal(piece.part().cpu(), _read(piece, source).to(piece.place.dtype)):
-            raise ModelError(
-                f"{folder}: {piece.name} differs from {shared.name}; in this engine these layers share one lora_A, so the adapter cannot be loaded"
-            )
-    _check_finite(loaded.values(), source)
-
-
 def differing_weights(chunks: Chunks, family: Family, hf: HFModel, folder: Path, ranks: Ranks) -> list[str]:
     """Read an exported Hugging Face folder back: sorted names of this rank's parameters that are not bitwise there, and of tensors that nobody asked for."""
     layout = _layout(family, hf, ranks)
@@ -169,19 +134,10 @@ def _check_names(layout: Layout, hf: HFModel, names: Sequence[str], ranks: Ranks
 
 
 def _load(piece: Piece, hf: HFModel) -> None:
-    _check_shape(piece, hf)
-    hf.copy_into(piece.place, piece.name, piece.slices)
-
-
-def _read(piece: Piece, hf: HFModel) -> Tensor:
-    _check_shape(piece, hf)
-    return hf.read(piece.name, piece.slices)
-
-
-def _check_shape(piece: Piece, hf: HFModel) -> None:
     entry = hf.entries[piece.name]
     if entry.shape != piece.shape:
         raise ModelError(f"{hf.folder / entry.file}: tensor {piece.name} has shape {list(entry.shape)}; the model needs {list(piece.shape)}")
+    hf.copy_into(piece.place, piece.name, piece.slices)
 
 
 def _check_twin(piece: Piece, layout: Layout, hf: HFModel) -> None:
@@ -271,21 +227,6 @@ def _adapter_specs(chunks: Chunks, linears: Sequence[str], layout: Layout, hf: H
         specs.append(TensorSpec(adapter_name(name, "lora_A"), (lora_a.shape[0], columns), lora_a.dtype))
         specs.append(TensorSpec(adapter_name(name, "lora_B"), (rows, lora_a.shape[0]), lora_a.dtype))
     return specs
-
-
-def _check_adapter_config(adapter: HFModel, scales: Sequence[float]) -> None:
-    path, config = adapter.folder / "adapter_config.json", adapter.config
-    for key, supported in UNSUPPORTED_ADAPTERS.items():
-        if config.get(key) not in supported:
-            raise ModelError(f"{path}: {key} is {config.get(key)!r}; only {supported[0]!r} is supported")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise ModelError(f"{path}: r and lora_alpha must be numbers (found {rank!r} and {alpha!r})")
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if any(not math.isclose(scale, own) for own in scales):
-        raise ModelError(
-            f"{path}: the adapter is scaled by {scale}, this run's by {scales[0]}; tuning.loraRank, loraAlpha and useRslora must be those of the adapter"
-        )
 
 
 def _leaf(name: str) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from finetune_trainer.hf_files import DTYPES, MANIFEST, HFModel, describe_file
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_ALIGNMENT = 8
+PARTIAL = ".partial-"
+"""How the names of unfinished results begin."""
 
 SIDE_FILES = (
     "generation_config.json",
@@ -121,12 +124,17 @@ def model_config(source: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any
     return {**source, **dict.fromkeys(keys, name)}
 
 
+def partial_folder(folder: Path) -> Path:
+    """Where ``folder`` is written until it is whole."""
+    return folder.with_name(f"{PARTIAL}{folder.name}")
+
+
 class FolderWriter:
     """One process's view of a folder that is being written; ``create`` and ``publish`` are for one process alone."""
 
     def __init__(self, folder: Path, tensors: Sequence[TensorSpec], plans: Sequence[FilePlan]) -> None:
         self.folder = folder
-        self.partial = folder.parent / f".partial-{folder.name}"
+        self.partial = partial_folder(folder)
         self.plans = tuple(plans)
         self._specs = {tensor.name: tensor for tensor in tensors}
         self._files = {name: plan for plan in plans for name in plan.offsets}
@@ -204,25 +212,42 @@ class FolderWriter:
 
     def publish(self, entries: Mapping[str, Any]) -> None:
         """Write the manifest and give the folder its name; an earlier export of that name is replaced."""
-        old = self.folder.parent / f".partial-old-{self.folder.name}"
         try:
             with (self.partial / MANIFEST).open("w", encoding="utf-8") as file:
                 file.write(json.dumps({"version": 1, "files": dict(sorted(entries.items()))}, indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             _sync_folder(self.partial)
-            shutil.rmtree(old, ignore_errors=True)
-            if self.folder.exists():
-                self.folder.rename(old)
-            self.partial.rename(self.folder)
-            _sync_folder(self.folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise disk_error(self.folder, error) from error
+        replace_folder(self.partial, self.folder)
 
     def discard(self) -> None:
         """Remove the partial folder of a failed export."""
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give ``partial`` the name ``folder``; an earlier export of that name is first moved aside, so that a crash never leaves half of it there."""
+    old = folder.parent / f"{PARTIAL}old-{folder.name}"
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        _sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+
+
+def remove_partials(output_dir: Path) -> None:
+    """Remove the folders of exports that were killed; raises ConfigurationError naming one that cannot be removed."""
+    for partial in output_dir.glob(f"{PARTIAL}*"):
+        try:
+            shutil.rmtree(partial)
+        except OSError as error:
+            raise disk_error(partial, error) from error
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -260,11 +285,14 @@ def check_output_folder(folder: Path, needed: int) -> None:
 
     Raises ConfigurationError naming the folder.
     """
-    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0")
-        probe.unlink()
+        descriptor, probe = tempfile.mkstemp(prefix=".probe-", dir=folder)  # a name of its own: other nodes' processes try the same folder
+        try:
+            os.write(descriptor, b"\0")
+        finally:
+            os.close(descriptor)
+            Path(probe).unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise disk_error(folder, error, needed) from error

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune_trainer.contract import ModelConfig, ModelError
+from finetune_trainer.model_folder import check_model_folder, find_local_folder
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -140,9 +141,7 @@ def open_model(model: ModelConfig) -> HFModel:
     Raises ModelError for a missing folder or file, a truncated file, an index that names a missing file, pickles only.
     """
     folder = find_folder(model)
-    if not (folder / "config.json").is_file():
-        what = "it holds an adapter (adapter_config.json), not a model" if (folder / "adapter_config.json").is_file() else "it has no config.json"
-        raise ModelError(f"model.source: {folder} is not a Hugging Face model folder: {what}")
+    check_model_folder(folder)
     return HFModel(folder, read_json(folder / "config.json"), read_entries(folder))
 
 
@@ -160,13 +159,9 @@ def open_adapter(folder: Path) -> HFModel:
 def find_folder(model: ModelConfig) -> Path:
     """The local folder of ``model.source``; raises ModelError when there is none and the hub does not give it."""
     source = model.source
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
-        raise ModelError(f"model.source: {source} is a file; it must be a Hugging Face model folder or a hub id")
-    if source.startswith(("/", "./", "../", "~")):
-        raise ModelError(f"model.source: there is no folder {source}")
+    folder = find_local_folder(source)
+    if folder is not None:
+        return folder
     if "://" in source:
         raise ModelError(f"model.source: {source.split('://')[0]}:// is not supported; give a folder or a hub id such as Qwen/Qwen2.5-7B-Instruct")
     return _download(source, model.revision)
@@ -194,12 +189,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a model folder: of model.safetensors, or of the files that model.safetensors.index.json names."""
+    """Every tensor of a model folder: of model.safetensors, or else of the files that model.safetensors.index.json names, as transformers chooses."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return _read_indexed(folder, index)
     if (folder / "model.safetensors").is_file():
         return read_header(folder / "model.safetensors")
+    if index.is_file():
+        return _read_indexed(folder, index)
     raise ModelError(f"{folder}: there is neither model.safetensors nor {index.name}" + _what_else(folder))
 
 

@@ -26,6 +26,7 @@ from types import FrameType
 
 from finetune_trainer import report
 from finetune_trainer.contract import ConfigurationError, EngineError, FailureReport, Reason, RunConfig, RunReport, exit_for, exit_of
+from finetune_trainer.model_folder import check_model_folder, find_local_folder
 
 RANK_PROGRAM = (sys.executable, "-P", "-m", "finetune_trainer")
 FAILURE_FOLDER = "FINETUNE_FAILURE_FOLDER"
@@ -95,15 +96,16 @@ def launch(config: RunConfig | Path, environment: Mapping[str, str] | None = Non
     try:
         node = read_node(environment)
         loaded = config if isinstance(config, RunConfig) else RunConfig.load(config)
+        check_inputs(loaded)
     except EngineError as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         return exit_for(error.reason).code
     started = datetime.now(UTC)
     with tempfile.TemporaryDirectory(prefix="finetune-") as name:
         folder = Path(name)
         path = folder / "run.json"
         path.write_text(loaded.dump(), encoding="utf-8")
-        failure = _run([*program, str(path)], rank_environments(node, environment, folder), loaded.run.grace_seconds, folder)
+        failure = _run([*program, str(path)], rank_environments(node, environment, folder), loaded, folder)
     if node.rank == 0:
         with suppress(OSError):  # rank 0 may have had no time to remove it, or no folder that can be written
             report.remove_address(loaded)
@@ -114,9 +116,28 @@ def launch(config: RunConfig | Path, environment: Mapping[str, str] | None = Non
     return failure.report.exit_code
 
 
-def _run(command: Sequence[str], environments: Sequence[Mapping[str, str]], grace_seconds: float, folder: Path) -> Failure | None:
+def say(text: str) -> None:
+    """One message of the `megatron` command."""
+    print(f"megatron: {text}", file=sys.stderr, flush=True)
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Refuse a model folder or data file that is not there, before a process is started or another node awaited.
+
+    Raises ModelError, DataError or ConfigurationError: the sentences of the ranks, which look again.
+    """
+    from finetune_trainer.data.sources import find_source  # here, so that --help need not wait for numpy
+
+    folder = find_local_folder(config.model.source)
+    if folder is not None:
+        check_model_folder(folder)
+    for entry in config.data.dataset:
+        find_source(entry)
+
+
+def _run(command: Sequence[str], environments: Sequence[Mapping[str, str]], config: RunConfig, folder: Path) -> Failure | None:
     ranks: list[Rank] = []
-    watch = Watch(ranks, grace_seconds)
+    watch = Watch(ranks, config.run.grace_seconds)
     with _signals(watch):
         try:
             for environment in environments:
@@ -124,7 +145,7 @@ def _run(command: Sequence[str], environments: Sequence[Mapping[str, str]], grac
             _follow(watch)
         finally:
             _end(ranks)
-    return choose_failure(ranks, read_failures(folder), stop_requested=watch.stop_requested, grace_seconds=grace_seconds)
+    return choose_failure(ranks, read_failures(folder), config, stop_requested=watch.stop_requested)
 
 
 # The environment
@@ -141,6 +162,11 @@ def read_node(environment: Mapping[str, str]) -> Node:
         raise ConfigurationError(f"MASTER_ADDR is not set; with NNODES {num_nodes} it must name the host of node 0")
     port = _read_number(environment, "MASTER_PORT", _free_port() if num_nodes == 1 else 29500, least=1)
     return Node(_read_num_processes(environment), num_nodes, rank, address or "127.0.0.1", port)
+
+
+def is_first_node() -> bool:
+    """Whether this is the node that writes what the gang writes once; raises ConfigurationError for a wrong environment."""
+    return read_node(os.environ).rank == 0
 
 
 def _find(environment: Mapping[str, str], name: str) -> str | None:
@@ -193,7 +219,7 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0))
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
-        limit, period = quota.read_text().split()
+        limit, period = quota.read_text(encoding="utf-8").split()
         if limit != "max":
             cores = min(cores, max(1, int(limit) // int(period)))
     return cores
@@ -328,17 +354,20 @@ def read_failures(folder: Path) -> dict[int, Failure]:
     return failures
 
 
-def choose_failure(ranks: Sequence[Rank], left: Mapping[int, Failure], *, stop_requested: bool, grace_seconds: float) -> Failure | None:
+def choose_failure(ranks: Sequence[Rank], left: Mapping[int, Failure], config: RunConfig, *, stop_requested: bool) -> Failure | None:
     """The failure that the node ends with: the first that is not only the consequence of another; None when all ranks succeeded."""
     failed = [rank for rank in ranks if rank.process.returncode != 0]
     if not failed:
         return None
-    found = [left.get(rank.rank) or describe_end(rank) for rank in failed if rank.rank in left or not rank.killed]
+    stopped = [rank for rank in failed if stop_requested and rank.process.returncode == -signal.SIGTERM]
+    found = [left.get(rank.rank) or describe_end(rank) for rank in failed if rank not in stopped and (rank.rank in left or not rank.killed)]
     own = [failure for failure in found if failure.report.reason not in CONSEQUENCES]
     if own or not stop_requested:
         return _first(own or found)
     preempted = [failure for failure in found if failure.report.reason is Reason.PREEMPTED]
-    return _first(preempted) if preempted else _killed_late(failed[0].rank, grace_seconds)
+    if preempted:
+        return _first(preempted)
+    return _stopped_outside_training(stopped[0], config) if stopped else _killed_late(failed[0].rank, config)
 
 
 def _first(failures: Iterable[Failure]) -> Failure:
@@ -355,9 +384,21 @@ def describe_end(rank: Rank) -> Failure:
     return _failure(exit_of(code).reason, f"rank {rank.rank} ended with exit code {code} and left no reason", rank.rank, code, rank.ended)
 
 
-def _killed_late(rank: int, grace_seconds: float) -> Failure:
-    message = f"the run was asked to stop and was killed before it had left a checkpoint (graceSeconds is {grace_seconds:g}); it goes on from the one before"
+def _stopped_outside_training(rank: Rank, config: RunConfig) -> Failure:
+    message = f"the run was asked to stop when no training was under way; {_onward(config)}"
+    return _failure(Reason.PREEMPTED, message, rank.rank, exit_for(Reason.PREEMPTED).code, rank.ended)
+
+
+def _killed_late(rank: int, config: RunConfig) -> Failure:
+    message = f"the run was asked to stop and was killed before it had ended by itself (graceSeconds is {config.run.grace_seconds:g}); {_onward(config)}"
     return _failure(Reason.PREEMPTED, message, rank, exit_for(Reason.PREEMPTED).code, None)
+
+
+def _onward(config: RunConfig) -> str:
+    """What a run does that is started again."""
+    if config.checkpoints.no_save_optim:
+        return "noSaveOptim leaves the optimizer's state out of checkpoints, so it begins anew"
+    return "with resume auto it goes on from its newest checkpoint, if it has one"
 
 
 def _failure(reason: Reason, message: str, rank: int, code: int, ended: float | None) -> Failure:
@@ -365,7 +406,10 @@ def _failure(reason: Reason, message: str, rank: int, code: int, ended: float | 
 
 
 def _tell(failure: Failure) -> None:
-    print((failure.trace or failure.report.message).rstrip(), file=sys.stderr, flush=True)
+    if failure.trace:
+        print(failure.trace.rstrip(), file=sys.stderr, flush=True)
+    else:
+        say(failure.report.message.rstrip())
 
 
 def _leave_failure_report(config: RunConfig, node: Node, failure: Failure, started: datetime) -> None:
@@ -385,4 +429,4 @@ def _leave_failure_report(config: RunConfig, node: Node, failure: Failure, start
         else:
             report.leave_termination_message(whole, config)
     except OSError as error:
-        print(f"the report could not be written: {error}", file=sys.stderr)
+        say(f"the report could not be written: {error}")

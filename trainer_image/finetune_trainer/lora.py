@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from finetune_trainer import megatron_cpu
-from finetune_trainer.contract import ConfigurationError, TuningConfig, nearest
+from finetune_trainer.contract import TuningConfig
 from finetune_trainer.model import canonical_name, unwrap
 
 megatron_cpu.install()
@@ -174,10 +174,12 @@ def _initial_factors(weight: torch.Tensor, rank: int, mode: str, seed: int, name
 
 
 def attach(chunks: Sequence[torch.nn.Module], tuning: TuningConfig, seed: int) -> None:
-    """Freeze the base and wrap the targeted linear layers; with tunerType full nothing happens. Raises ConfigurationError naming targets that match no layer."""
+    """Freeze the base and wrap the targeted linear layers; with tunerType full nothing happens."""
     if tuning.tuner_type != "lora":
         return
-    targets = read_targets(tuning)
+    names = tuning.target_modules or [ALL_LINEAR]
+    assert set(names) <= {ALL_LINEAR, *TARGETS}, f"resolve has let {names} through"
+    targets = TARGETS if ALL_LINEAR in names else names
     for chunk in chunks:
         model = unwrap(chunk)
         model.requires_grad_(False)
@@ -188,16 +190,6 @@ def attach(chunks: Sequence[torch.nn.Module], tuning: TuningConfig, seed: int) -
                 setattr(model.get_submodule(parent), child, adapter)
         if model.pre_process and model.config.recompute_granularity is not None:
             model.embedding.register_forward_hook(_start_gradient)
-
-
-def read_targets(tuning: TuningConfig) -> frozenset[str]:
-    """The names of linear layers that targetModules means; raises ConfigurationError for an unknown one."""
-    found = tuning.target_modules or [ALL_LINEAR]
-    known = (ALL_LINEAR, *TARGETS)
-    for name in found:
-        if name not in known:
-            raise ConfigurationError(f"tuning.targetModules: {name!r} names no layer{nearest(name, list(known))} (known are {', '.join(known)})")
-    return frozenset(TARGETS) if ALL_LINEAR in found else frozenset(found)
 
 
 def _start_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

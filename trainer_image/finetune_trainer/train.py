@@ -71,9 +71,8 @@ class Sums:
 def prepare(chunks: Sequence[Any], family: Family, hf_config: Mapping[str, Any], config: RunConfig, ranks: Ranks, total_steps: int) -> Trainer:
     """Wrap the model for training; frozen parameters are in no buffer and in no optimizer.
 
-    ``config`` is resolved. Raises ConfigurationError for a schedule that the number of steps does not allow.
+    ``config`` is resolved, and its schedule checked.
     """
-    check_schedule(config.training, total_steps)
     architecture = family.architecture(hf_config)
     trained = training_state.find_trained(chunks, family, architecture, ranks)
     parallelism, training = config.parallelism, config.training
@@ -224,7 +223,12 @@ def keep(trainer: Trainer, checkpoints: Checkpoints, report: Report, step: int, 
         checkpoints.poll()
     if stop and step < total_steps:
         checkpoints.close()
-        raise Preempted(f"the run was asked to stop and has saved step {step} of {total_steps}; with resume auto it goes on from there")
+        onward = (
+            "with resume auto it goes on from there"
+            if checkpoints.resumable
+            else "noSaveOptim leaves the optimizer's state out, so training cannot go on from it and begins anew"
+        )
+        raise Preempted(f"the run was asked to stop and has saved step {step} of {total_steps}; {onward}")
 
 
 def seed_step(trainer: Trainer, step: int, ranks: Ranks) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from factories import tiny_hf_config
-from finetune_operator import cli
+from finetune_operator import cli, local
 from jobs import write_job
 
 
@@ -32,7 +32,10 @@ def test_operator_never_imports_torch() -> None:
     ("arguments", "message"),
     [
         ([], "finetune: the following arguments are required: VERB; see finetune --help"),
-        (["rum"], "finetune: argument VERB: invalid choice: 'rum'"),
+        (["rum"], "finetune: argument VERB: invalid choice: 'rum' (choose from run, plan); did you mean 'run'?; see finetune --help"),
+        (["run", "--filname", "x.yaml"], "finetune run: unknown flag --filname; did you mean '--filename'?; see finetune run --help"),
+        (["run", "--file", "x.yaml"], "finetune run: unknown flag --file; did you mean '--filename'?; see finetune run --help"),
+        (["run", "-f", "x.yaml", "--wrok=x"], "finetune run: unknown flag --wrok; did you mean '--work'?; see finetune run --help"),
         (["run"], "finetune run: the following arguments are required: -f/--filename; see finetune run --help"),
         (["run", "-f", "x.yaml", "--resume", "yes"], "finetune run: argument --resume: invalid choice: 'yes'"),
         (["plan", "-f", "x.yaml", "--gpu-memory", "-3"], "finetune plan: argument --gpu-memory: it must be above 0 (found -3)"),
@@ -77,4 +80,39 @@ def test_plan_refuses_what_the_model_cannot_do(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "config.json").write_text(json.dumps(tiny_hf_config("llama")))
     path = write_job(tmp_path, model={"source": "./"}, nodes={"processesPerNode": 4}, parallelism={"tensorModelParallelSize": 4})
     assert cli.main(["plan", "-f", str(path)]) == 10
-    assert capsys.readouterr().err.startswith("finetune: parallelism.tensorModelParallelSize is 4; it must divide num_key_value_heads (2)")
+    line = path.read_text().splitlines().index("    tensorModelParallelSize: 4") + 1
+    where = f"{path}:{line}: spec.parallelism.tensorModelParallelSize"
+    assert capsys.readouterr().err.startswith(f"finetune: {where} is 4; it must divide num_key_value_heads (2)")
+
+
+def test_plan_says_what_is_not_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_job(tmp_path, model={"source": "./nowhere"})
+    assert cli.main(["plan", "-f", str(path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"model.source: there is no folder {tmp_path}/nowhere; `finetune run` would refuse it on this machine" in shown
+    assert "chosen by the trainer" in shown
+
+
+def test_missing_model_is_refused_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_job(tmp_path, model={"source": "./nowhere"})
+    assert cli.main(["run", "-f", str(path), "--work", str(tmp_path / "runs")]) == 12
+    line = path.read_text().splitlines().index("    source: ./nowhere") + 1
+    assert capsys.readouterr().err == f"finetune: {path}:{line}: spec.model.source: there is no folder {tmp_path}/nowhere\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plan_without_gpus_says_cpu_only(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    path = write_job(tmp_path)
+    assert cli.main(["plan", "-f", str(path)]) == 0
+    assert "1 node × 1 process, CPU" in capsys.readouterr().out
+    assert cli.main(["plan", "-f", str(path), "--gpu-memory", "80"]) == 0
+    assert "1 node × 1 process, nvidia.com/gpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("work", "command"),
+    [("runs", "finetune run -f 'my job.yaml' --resume auto"), ("/a b", "finetune run -f 'my job.yaml' --work '/a b' --resume auto")],
+)
+def test_command_that_continues_names_the_folder_of_results(work: str, command: str) -> None:
+    assert local.continue_command(Path("my job.yaml"), Path(work)) == command

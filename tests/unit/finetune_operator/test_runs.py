@@ -30,6 +30,7 @@ def start_run(work: Path, *, checkpoint: bool = True, succeeded: bool | None = N
         runs.write_run_file(run)
     if checkpoint:
         (run.folder / "checkpoints" / "step-1").mkdir(parents=True)
+        (run.folder / "checkpoints" / "step-1" / "manifest.json").write_text("{}")
     if succeeded is not None:
         (run.folder / "report.json").write_text(make_report(run.plan.config, succeeded).model_dump_json())
     return run
@@ -80,6 +81,32 @@ def test_auto_starts_anew_where_there_is_nothing_to_continue(tmp_path: Path, lef
     with claim(tmp_path, **asked) as run:
         assert not run.continued
         assert run.folder != earlier.folder
+
+
+def test_a_newest_run_that_has_succeeded_is_not_passed_over_for_an_older_one(tmp_path: Path) -> None:
+    older, newer = start_run(tmp_path), start_run(tmp_path, succeeded=True)
+    os.utime(older.folder / "run.json", (1, 1))
+    with claim(tmp_path) as run:
+        assert not run.continued
+        assert run.folder not in (older.folder, newer.folder)
+
+
+def test_a_newer_run_of_another_identity_is_passed_over(tmp_path: Path) -> None:
+    older = start_run(tmp_path)
+    os.utime(older.folder / "run.json", (1, 1))
+    start_run(tmp_path, succeeded=True, training={"lr": 1e-3})
+    with claim(tmp_path) as run:
+        assert run.folder == older.folder
+
+
+def test_only_a_finished_checkpoint_is_one(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    assert not runs.has_checkpoint(tmp_path)
+    (checkpoints / "step-1").mkdir(parents=True)
+    (checkpoints / "attempt.json").write_text("{}")
+    assert not runs.has_checkpoint(tmp_path)
+    (checkpoints / "step-1" / "manifest.json").write_text("{}")
+    assert runs.has_checkpoint(tmp_path)
 
 
 def test_another_layout_of_processes_is_the_same_run(tmp_path: Path) -> None:

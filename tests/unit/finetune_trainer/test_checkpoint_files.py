@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.checkpoint_files import Manifest, check_index, choose_checkpoint, make_empty, needed_bytes, read_whole, surplus
+from finetune_trainer.checkpoint_files import (
+    Manifest,
+    check_index,
+    choose_checkpoint,
+    finish_replacements,
+    make_empty,
+    needed_bytes,
+    read_manifest,
+    read_whole,
+    surplus,
+)
 from finetune_trainer.contract import ModelError, RunConfig
 
 OWN, OTHER = "a" * 16, "b" * 16
@@ -73,6 +83,28 @@ def test_checkpoints_of_another_run_are_left_alone_with_one_sentence(tmp_path: P
     ]
 
 
+def test_checkpoints_of_other_rows_or_another_model_under_the_same_name_are_left_alone(tmp_path: Path) -> None:
+    own = make_checkpoint(tmp_path, 1, digests={"rows": "r1", "model": "m1"})
+    make_checkpoint(tmp_path, 2, digests={"rows": "r2", "model": "m1"})
+    make_checkpoint(tmp_path, 3, digests={"rows": "r1", "model": "m2"})
+    make_checkpoint(tmp_path, 4, digests={"rows": "r2", "model": "m2"})
+    found, notes = choose_checkpoint(tmp_path, OWN, 20, {"rows": "r1", "model": "m1"})
+    assert found == own
+    assert [note.partition(" is left alone: ")[2] for note in notes] == [
+        "it was saved with other rows and another model under the same name",
+        "it was saved with another model under the same name",
+        "it was saved with other rows under the same name",
+    ]
+
+
+def test_digests_are_compared_only_where_both_sides_have_them(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 1)
+    newest = make_checkpoint(tmp_path, 2, digests={"rows": "r1"})
+    assert choose_checkpoint(tmp_path, OWN, 20) == (newest, [])
+    assert choose_checkpoint(tmp_path, OWN, 20, {"rows": "r1", "model": "m1"}) == (newest, [])
+    assert choose_checkpoint(tmp_path, OWN, 20, {"rows": "r2"})[0] == tmp_path / "step-1"
+
+
 def test_a_checkpoint_without_the_optimizer_cannot_be_gone_on_from(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 5, with_optimizer=False)
     found, notes = choose_checkpoint(tmp_path, OWN, 20)
@@ -96,6 +128,13 @@ def test_only_the_runs_own_oldest_checkpoints_are_surplus(tmp_path: Path) -> Non
     assert surplus(tmp_path, OWN, None) == []
 
 
+def test_checkpoints_of_other_rows_neither_count_as_surplus_nor_push_out_new_ones(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 9, digests={"rows": "old"})
+    first, second = (make_checkpoint(tmp_path, step, digests={"rows": "new"}) for step in (1, 2))
+    assert surplus(tmp_path, OWN, 1, {"rows": "new"}) == [first]
+    assert second.exists()
+
+
 def test_a_whole_checkpoint_is_read_with_its_facts(tmp_path: Path) -> None:
     found = read_whole(make_checkpoint(tmp_path, 7))
     assert isinstance(found, Manifest)
@@ -107,6 +146,31 @@ class Malicious:
         import os
 
         return os.system, ("false",)
+
+
+def test_a_save_that_was_killed_between_its_renames_is_finished(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 4, attempt=1).rename(tmp_path / ".old-step-4")
+    make_checkpoint(tmp_path, 4, attempt=2).rename(tmp_path / ".partial-step-4-attempt-2")
+    finish_replacements(tmp_path)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-4"]
+    assert read_manifest(tmp_path / "step-4").attempt == 2
+
+
+@pytest.mark.parametrize("identity", [OWN, OTHER])
+def test_the_old_checkpoint_comes_back_when_the_new_one_is_not_whole_or_of_another_run(tmp_path: Path, identity: str) -> None:
+    make_checkpoint(tmp_path, 4, attempt=1).rename(tmp_path / ".old-step-4")
+    partial = make_checkpoint(tmp_path, 4, identity, attempt=2).rename(tmp_path / ".partial-step-4-attempt-2")
+    if identity == OWN:
+        (partial / "manifest.json").unlink()
+    finish_replacements(tmp_path)
+    assert read_manifest(tmp_path / "step-4").attempt == 1
+
+
+def test_a_save_that_was_killed_after_its_renames_is_left_alone(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 4, attempt=1).rename(tmp_path / ".old-step-4")
+    make_checkpoint(tmp_path, 4, attempt=2)
+    finish_replacements(tmp_path)
+    assert read_manifest(tmp_path / "step-4").attempt == 2
 
 
 def test_an_index_that_names_anything_but_an_index_is_not_opened(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer import cli, flags
+from finetune_trainer import cli, flags, launch
 from finetune_trainer.checkpoint_files import Manifest
 from finetune_trainer.contract import ConfigurationError, RunConfig
 
@@ -115,6 +115,13 @@ def test_a_system_prompt_that_ends_with_txt_is_a_file(folder: Path) -> None:
     assert make("--system", "prompt.txt").data.system == "Be terse."
     with pytest.raises(ConfigurationError, match=r"--system: cannot read no\.txt: No such file or directory; a prompt that ends with \.txt names a file"):
         make("--system", "no.txt")
+    (folder / "latin.txt").write_bytes("Sé breve.".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"--system: latin\.txt is not UTF-8 \(byte 1: .*\); a prompt must be text in UTF-8"):
+        make("--system", "latin.txt")
+
+
+def test_a_name_that_is_too_long_for_a_file_is_no_path(folder: Path) -> None:
+    assert make("--model", "m" * 300).model.source == "m" * 300
 
 
 @pytest.mark.parametrize(
@@ -251,6 +258,34 @@ def test_a_refusal_is_a_sentence_and_the_exit_code_of_its_reason(folder: Path, a
     assert "Traceback" not in captured.err
     assert captured.out == ""
     assert not (folder / "megatron_output").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--model", "./missing"], 12, "model.source: there is no folder {folder}/missing"),
+        (["--model", "model"], 12, "model.source: {folder}/model is not a Hugging Face model folder: it has no config.json"),
+        (["--model", "owner/name", "--dataset", "./missing.jsonl"], 11, "data.dataset: {folder}/missing.jsonl: no such file or folder"),
+    ],
+    ids=["model", "config", "data"],
+)
+def test_missing_inputs_are_refused_and_leave_no_folder(folder: Path, argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sft", "--dataset", "rows.jsonl", "--output_dir", "out", *argv]) == code
+    assert capsys.readouterr().err == f"megatron: {message.format(folder=folder)}\n"
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_node_writes_run_json_and_names_the_results(
+    folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "model" / "config.json").write_text("{}")
+    for name, value in {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "launch", lambda config: 0)
+    assert cli.main(["sft", "--model", "model", "--dataset", "rows.jsonl", "--output_dir", "out"]) == 0
+    assert len(list(folder.glob("out/v0-*/run.json"))) == (1 if rank == 0 else 0)
+    assert ("results:" in capsys.readouterr().err) == (rank == 0)
 
 
 def test_a_refused_run_leaves_no_folder(folder: Path) -> None:

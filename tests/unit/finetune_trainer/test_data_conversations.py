@@ -50,6 +50,34 @@ def test_other_shapes_of_rows_become_messages(value: dict[str, Any], expected: l
     assert make(value) == expected
 
 
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"messages": [USER, ASSISTANT], "system": "Be kind."}, "Be kind."),
+        ({"conversations": SHAREGPT, "system": "Be kind."}, "Be kind."),
+        ({"instruction": "i", "output": "o", "system": "Be kind."}, "Be kind."),
+        ({"messages": [SYSTEM, USER, ASSISTANT], "system": "Be brief.\n"}, "Be brief."),
+        ({"messages": [SYSTEM, USER, ASSISTANT], "system": ""}, "Be brief."),
+        ({"messages": [{"role": "system", "content": " "}, USER, ASSISTANT], "system": "Be kind."}, "Be kind."),
+        ({"messages": [{"role": "system", "content": ""}, USER, ASSISTANT]}, None),
+        ({"messages": [{"role": "system", "content": None}, USER, ASSISTANT]}, None),
+        ({"conversations": [{"from": "system", "value": ""}, *SHAREGPT], "system": None}, None),
+        ({"query": "q", "response": "r", "system": " "}, None),
+    ],
+)
+def test_system_of_a_row_stands_beside_the_turns_or_among_them_and_an_empty_one_is_none(value: dict[str, Any], expected: str | None) -> None:
+    roles = [("system", expected)] if expected else []
+    assert make(value)[:-2] == roles
+
+
+@pytest.mark.parametrize("tools", ["[]", " [] ", "", "null", [], None])
+def test_row_without_tools_may_say_so(tools: Any) -> None:
+    assert len(make({"messages": [USER, {**ASSISTANT, "tool_calls": tools}], "tools": tools})) == 2
+
+
 def test_loss_of_a_turn_is_kept() -> None:
     conversation = make_conversation(
         {"messages": [USER, {**ASSISTANT, "loss": False}, USER, {**ASSISTANT, "loss": True}, USER, {**ASSISTANT, "loss": None}]}, "x:1"
@@ -93,6 +121,14 @@ def test_loss_of_a_turn_is_kept() -> None:
             "rows.jsonl:7: messages[1] (assistant) holds half of a surrogate pair (\\ud800), expected valid Unicode",
         ),
         ({"query": "", "response": "r"}, "rows.jsonl:7: the content of the question is empty, expected text"),
+        (
+            {"messages": [SYSTEM, USER, ASSISTANT], "system": "Be kind."},
+            "rows.jsonl:7: found `system` and a system message that says something else, expected one of them",
+        ),
+        ({"messages": [USER, ASSISTANT], "system": 3}, "rows.jsonl:7: the content of `system` is a number, expected a string"),
+        ({"messages": [USER, ASSISTANT], "tools": "[{}]"}, "rows.jsonl:7: found `tools`, which are not supported; expected a row of text only"),
+        ({"messages": [{"role": "system", "content": ""}, ASSISTANT]}, "rows.jsonl:7: messages[1] has the role assistant after system, expected user"),
+        ({"messages": [{"role": "system", "content": ""}]}, "rows.jsonl:7: found no assistant message (roles: system)"),
         ({"query": "q", "response": 3}, "rows.jsonl:7: the content of the answer is a number, expected a string"),
         ({"query": "q", "response": "r", "history": [["a"]]}, "rows.jsonl:7: `history` is not a list of pairs, expected [[question, answer], ...]"),
         ({"query": "q", "response": "r", "history": [["a", ""]]}, "rows.jsonl:7: the content of `history`[0] answer is empty, expected text"),
@@ -130,6 +166,14 @@ def test_array_of_rows_is_read() -> None:
             b'[{"a": 1},\n{"a" 2}]',
             "f.jsonl:2: found text that is not JSON (Expecting ':' delimiter at column 6), expected one JSON object a line, or one JSON array of objects",
         ),
+        (
+            b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}\n",
+            "f.jsonl:2: found JSON that cannot be read (Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits), expected one JSON object",
+        ),
+        (b'[{"a": 1},\n\n{"a": ' + b"1" * 5000 + b"}]", "f.jsonl:3: found JSON that cannot be read (Exceeds the limit (4300 digits)"),
+        (b'{"a": 1}\n{"a": ' + b"[" * 100_000, "f.jsonl:2: found JSON that is nested too deeply, expected one JSON object"),
+        (b'[\n{"a": 1},\n{"a": ' + b"[" * 100_000, "f.jsonl:3: found JSON that is nested too deeply, expected one JSON object a line, or one JSON array"),
+        (b"[" * 100_000, "f.jsonl:1: found JSON that is nested too deeply"),
     ],
 )
 def test_text_that_is_not_json_is_refused_with_file_and_line(content: bytes, message: str) -> None:

@@ -5,7 +5,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from finetune_trainer.data.rows import Row, Rows, fit_length, pack
+from finetune_trainer.contract import ModelError
+from finetune_trainer.data.rows import Row, Rows, check_vocabulary, fit_length, pack
 
 
 def make_row(length: int, learned: slice = slice(2, None), first: int = 100) -> Row:
@@ -72,3 +73,12 @@ def test_digest_sees_tokens_labels_and_boundaries() -> None:
     ]
     assert len({one.digest, *(other.digest for other in others)}) == 5
     assert len(one.digest) == 16
+
+
+def test_token_that_the_model_has_no_embedding_for_is_refused() -> None:
+    rows = Rows([make_row(4), make_row(8, first=200), make_row(4)], {})
+    check_vocabulary(rows, 208)
+    with pytest.raises(
+        ModelError, match=r"the token id 207, but vocab_size in the model's config.json is 207, so ids end at 206: tokenizer and model do not belong together"
+    ):
+        check_vocabulary(rows, 207)

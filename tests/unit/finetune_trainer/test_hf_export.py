@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_trainer.contract import ConfigurationError, EngineError
-from finetune_trainer.hf_export import FolderWriter, TensorSpec, check_output_folder, disk_error, index_json, model_config, plan_files, side_files
+from finetune_trainer.hf_export import (
+    FolderWriter,
+    TensorSpec,
+    check_output_folder,
+    check_replaceable,
+    disk_error,
+    index_json,
+    model_config,
+    plan_files,
+    remove_partials,
+    side_files,
+)
 from finetune_trainer.hf_files import HFModel, check_manifest, read_header
 
 SPECS = [TensorSpec("a", (4, 6), torch.float32), TensorSpec("b", (3,), torch.bfloat16), TensorSpec("c", (8, 2), torch.float16)]
@@ -78,6 +90,55 @@ def test_nothing_bears_the_final_name_before_the_end(tmp_path: Path) -> None:
     assert not (tmp_path / ".partial-out" / "manifest.json").exists()
     writer.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def export_until_killed(folder: Path, call: str) -> None:
+    """Export in a process that gets SIGKILL when it comes to ``call``: fsync of the first file, or the first or second rename."""
+    process = os.fork()
+    if process:
+        _, status = os.waitpid(process, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return
+    try:
+        name, number = call.split()
+        left = [int(number)]
+        owner, original = (os, os.fsync) if name == "fsync" else (Path, Path.rename)
+
+        def kill_in_time(*arguments: object) -> object:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments)  # type: ignore[arg-type]
+
+        setattr(owner, name, kill_in_time)
+        write_all(FolderWriter(folder, SPECS, plan_files(SPECS, "model")), random_tensors())
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize(("call", "earlier_stays"), [("fsync 1", True), ("rename 1", True), ("rename 2", False)])
+def test_killed_export_leaves_no_half_of_a_result_and_the_next_run_removes_it(tmp_path: Path, call: str, earlier_stays: bool) -> None:
+    folder = tmp_path / "out"
+    write_all(FolderWriter(folder, SPECS, plan_files(SPECS, "model")), random_tensors())
+    earlier = check_manifest(folder)
+    export_until_killed(folder, call)
+    assert any(path.name.startswith(".partial-") for path in tmp_path.iterdir())
+    assert folder.exists() is earlier_stays
+    if earlier_stays:
+        assert check_manifest(folder) == earlier
+    remove_partials(tmp_path)
+    assert list(tmp_path.iterdir()) == [folder] * earlier_stays
+    write_all(FolderWriter(folder, SPECS, plan_files(SPECS, "model")), random_tensors())
+    check_manifest(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_folder_of_other_content_is_not_replaceable(tmp_path: Path) -> None:
+    check_replaceable(tmp_path / "new")
+    check_replaceable(tmp_path)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match=rf"{tmp_path} is not empty and holds no export of an earlier run \(no manifest\.json\)"):
+        check_replaceable(tmp_path)
 
 
 def test_failed_write_is_told_at_the_end_and_keeps_nothing_from_going_on(tmp_path: Path) -> None:

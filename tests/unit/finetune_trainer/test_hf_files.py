@@ -46,6 +46,11 @@ def test_entries_of_every_indexed_file_are_found(folder: Path) -> None:
     }
 
 
+def test_single_file_comes_before_an_index_as_in_transformers(folder: Path) -> None:
+    save_file({"d.weight": torch.ones(2)}, folder / "model.safetensors")
+    assert {name: entry.file for name, entry in opened(folder).entries.items()} == {"d.weight": "model.safetensors"}
+
+
 def test_slices_are_read_and_their_bytes_counted(folder: Path) -> None:
     hf = opened(folder)
     assert hf.bytes_read == 0

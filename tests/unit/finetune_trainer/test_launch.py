@@ -39,9 +39,17 @@ def other_has_failed(other):
 """
 
 
-def make_config(folder: Path, **run: object) -> RunConfig:
+def make_config(folder: Path, checkpoints: dict[str, bool] | None = None, **run: object) -> RunConfig:
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").touch()
+    (folder / "rows.jsonl").touch()
     return RunConfig.model_validate(
-        {"model": {"source": "/models/x"}, "data": {"dataset": ["/data/x.jsonl"]}, "run": {"outputDir": str(folder / "out"), **run}}
+        {
+            "model": {"source": str(folder / "model")},
+            "data": {"dataset": [str(folder / "rows.jsonl")]},
+            "checkpoints": checkpoints or {},
+            "run": {"outputDir": str(folder / "out"), **run},
+        }
     )
 
 
@@ -145,7 +153,7 @@ def test_a_wrong_configuration_is_one_sentence_and_its_exit_code(tmp_path: Path,
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"model": {"source": "x"}, "data": {"dataset": ["y"]}, "run": {"outputDir": "/z"}, "trainin": {}}))
     assert launch.launch(path, {}) == 10
-    assert capsys.readouterr().err == f"{path}: unknown field 'trainin'; did you mean 'training'?\n"
+    assert capsys.readouterr().err == f"megatron: {path}: unknown field 'trainin'; did you mean 'training'?\n"
 
 
 def test_the_error_of_the_rank_that_failed_is_the_gangs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +163,7 @@ def test_the_error_of_the_rank_that_failed_is_the_gangs(tmp_path: Path, capfd: p
     wait()
     """
     assert launch_here(tmp_path, body) == 11
-    assert capfd.readouterr().err == "rows.jsonl:7: role order\n"
+    assert capfd.readouterr().err == "megatron: rows.jsonl:7: role order\n"
     report = read_report(tmp_path)
     assert report.failure is not None
     assert (report.succeeded, report.failure.reason, report.failure.rank, report.failure.exit_code) == (False, Reason.DATA, 1, 11)
@@ -169,7 +177,7 @@ def test_a_broken_connection_loses_against_the_error_that_broke_it(tmp_path: Pat
     fail("Numeric", "step 3: the loss is nan", 14)
     """
     assert launch_here(tmp_path, body) == 14
-    assert capfd.readouterr().err == "step 3: the loss is nan\n"
+    assert capfd.readouterr().err == "megatron: step 3: the loss is nan\n"
 
 
 def test_the_first_of_several_own_errors_wins(tmp_path: Path) -> None:
@@ -190,13 +198,13 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path: Path, capfd: p
     fail("Distributed", "the connection between the ranks broke", 20)
     """
     assert launch_here(tmp_path, body) == 128 + signal.SIGKILL
-    assert capfd.readouterr().err == "rank 0 was killed by signal SIGKILL; the kernel does so when memory runs out\n"
+    assert capfd.readouterr().err == "megatron: rank 0 was killed by signal SIGKILL; the kernel does so when memory runs out\n"
     assert read_failure(tmp_path).reason is Reason.INTERNAL
 
 
 def test_a_rank_that_leaves_no_reason_is_named_with_its_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_here(tmp_path, "sys.exit(15 if rank == 1 else 0)") == 15
-    assert capfd.readouterr().err == "rank 1 ended with exit code 15 and left no reason\n"
+    assert capfd.readouterr().err == "megatron: rank 1 ended with exit code 15 and left no reason\n"
     assert read_failure(tmp_path).reason is Reason.OUT_OF_MEMORY
 
 
@@ -254,7 +262,7 @@ def test_a_signal_lets_the_ranks_save_and_ends_as_preempted(
     wait_for_ranks(process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (143, "saved step 3\n")
+    assert (process.returncode, errors) == (143, "megatron: saved step 3\n")
     assert (tmp_path / "checkpoint-0").exists()
     assert (tmp_path / "checkpoint-1").exists()
     assert read_failure(tmp_path).reason is Reason.PREEMPTED
@@ -269,8 +277,70 @@ def test_ranks_that_do_not_end_in_time_are_killed_and_the_run_counts_as_preempte
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "killed before it had left a checkpoint (graceSeconds is 1)" in errors
+    assert "killed before it had ended by itself (graceSeconds is 1); with resume auto it goes on from its newest checkpoint, if it has one" in errors
     assert not any(is_alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "onward"),
+    [
+        ({}, "with resume auto it goes on from its newest checkpoint, if it has one"),
+        ({"noSaveOptim": True}, "noSaveOptim leaves the optimizer's state out of checkpoints, so it begins anew"),
+    ],
+    ids=["resumable", "no-save-optim"],
+)
+def test_ranks_that_are_not_in_training_end_at_once_and_the_run_counts_as_preempted(
+    tmp_path: Path, start_launcher: Start, checkpoints: dict[str, bool], onward: str
+) -> None:
+    process = start_launcher('say("ready")\nwait()\n', graceSeconds=600, checkpoints=checkpoints)
+    wait_for_ranks(process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, f"megatron: the run was asked to stop when no training was under way; {onward}\n")
+    assert read_failure(tmp_path).reason is Reason.PREEMPTED
+
+
+def test_a_connection_that_a_stopped_rank_broke_is_no_failure_of_the_run(start_launcher: Start) -> None:
+    body = """
+    if rank == 1:
+        def broken(*_):
+            fail("Distributed", "the connection between the ranks broke", 20)
+        signal.signal(signal.SIGTERM, broken)
+    say("ready")
+    wait()
+    """
+    process = start_launcher(body, graceSeconds=600)
+    wait_for_ranks(process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "when no training was under way" in errors
+
+
+def test_a_sigterm_that_nobody_asked_for_is_a_failure(tmp_path: Path) -> None:
+    launch_here(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)", processes=1)
+    assert read_failure(tmp_path).reason is Reason.INTERNAL
+
+
+@pytest.mark.parametrize(
+    ("section", "code", "message"),
+    [
+        ({"model": {"source": "/no/model"}}, 12, "model.source: there is no folder /no/model"),
+        ({"model": {"source": "{folder}"}}, 12, "model.source: {folder} is not a Hugging Face model folder: it has no config.json"),
+        ({"model": {"source": "{folder}/rows.jsonl"}}, 12, "model.source: {folder}/rows.jsonl is a file; it must be a Hugging Face model folder or a hub id"),
+        ({"data": {"dataset": ["{folder}/rows.jsonl", "/no/rows.jsonl#5"]}}, 11, "data.dataset: /no/rows.jsonl: no such file or folder"),
+    ],
+    ids=["no-folder", "no-config", "a-file", "no-data"],
+)
+def test_missing_inputs_are_refused_before_a_rank_is_started(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], section: dict[str, object], code: int, message: str
+) -> None:
+    written = json.loads(make_config(tmp_path).dump())
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**written, **section}).replace("{folder}", str(tmp_path)))
+    assert launch.launch(path, os.environ, make_program(tmp_path, f"Path({str(tmp_path)!r}, 'started').touch()")) == code
+    assert capfd.readouterr().err == f"megatron: {message.replace('{folder}', str(tmp_path))}\n"
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_second_signal_kills_the_ranks_at_once(start_launcher: Start) -> None:

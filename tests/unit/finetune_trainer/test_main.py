@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune_trainer import __main__ as program
-from finetune_trainer.contract import ConfigurationError, DataError, ModelError, Preempted, Reason, RunConfig, exit_for
+from finetune_trainer.contract import ConfigurationError, DataError, ModelError, Reason, RunConfig, exit_for
+from finetune_trainer.hf_files import HFModel, TensorEntry
 
 
 def make_config(output_dir: str = "/out", **sections: dict[str, Any]) -> RunConfig:
@@ -89,13 +91,55 @@ def test_folders_of_the_formats() -> None:
     }
 
 
+@pytest.mark.parametrize(("torch_dtype", "expected"), [("float32", 4 * 27), ("bfloat16", 2 * 27)])
+def test_size_of_an_export_is_counted_in_the_data_type_of_the_run(tmp_path: Path, torch_dtype: str, expected: int) -> None:
+    import torch
+
+    entries = {"a": TensorEntry("x", torch.bfloat16, (4, 6), 0), "b": TensorEntry("x", torch.float32, (3,), 0)}
+    config = make_config(model={"source": "/m", "torchDtype": torch_dtype})
+    assert program.model_bytes(HFModel(tmp_path, {}, entries), config) == expected
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """This process is a gang of one."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", ["peft", "huggingface", "megatron"])
+def test_a_result_that_could_not_be_written_is_refused_before_training(tmp_path: Path, kind: str) -> None:
+    config = make_config(str(tmp_path), output={"formats": ["peft", "huggingface", "megatron"]})
+    (tmp_path / kind).mkdir()
+    (tmp_path / ".partial-checkpoint-7").mkdir()
+    assert [name for name, _ in program.prepare_output(config, 7, 1)] == ["peft", "huggingface", "megatron"]
+    assert [path.name for path in tmp_path.iterdir()] == [kind]
+    (tmp_path / kind / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match=rf"{tmp_path / kind} is not empty and holds no export"):
+        program.prepare_output(config, 7, 1)
+    assert (tmp_path / kind / "thesis.txt").read_text() == "mine"
+
+
 def test_a_signal_ends_the_process_at_once_unless_training_is_under_way() -> None:
-    stop = program.Stop()
-    with stop.waits():
-        stop.handle(signal.SIGTERM, None)
-        assert stop.requested
-    with pytest.raises(Preempted, match=r"was asked to stop \(SIGTERM\) when no training was under way"):
-        stop.handle(signal.SIGTERM, None)
+    code = """
+import signal
+from finetune_trainer.__main__ import Stop
+stop = Stop()
+with stop.waits():
+    signal.raise_signal(signal.SIGTERM)
+    print(stop.requested)
+try:
+    signal.raise_signal(signal.SIGTERM)
+finally:
+    print("swallowed")
+"""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    result = subprocess.run([sys.executable, "-u", "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=120)
+    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "True\n")
 
 
 def run_rank(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -123,3 +167,17 @@ def test_a_folder_that_cannot_be_written_is_found_before_torch_is_imported(tmp_p
     assert result.returncode == exit_for(Reason.CONFIGURATION).code
     assert "cannot be written: Not a directory" in result.stderr
     assert " torch\n" not in result.stderr
+
+
+def test_a_model_is_another_when_its_configuration_or_a_tensor_is() -> None:
+    import torch
+
+    from finetune_trainer.hf_files import HFModel, TensorEntry
+
+    def digest(config: dict[str, int], **changes: Any) -> str:
+        entry = TensorEntry(**{"file": "model.safetensors", "dtype": torch.float32, "shape": (4, 8), "offset": 0, **changes})
+        return program.model_digest(HFModel(Path("/m"), config, {"weight": entry}))
+
+    same = digest({"a": 1, "b": 2})
+    assert digest({"b": 2, "a": 1}, file="model-00001-of-00002.safetensors") == same
+    assert len({same, digest({"a": 2, "b": 2}), digest({"a": 1, "b": 2}, shape=(8, 4)), digest({"a": 1, "b": 2}, dtype=torch.bfloat16)}) == 4

@@ -12,27 +12,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from finetune_trainer.contract import ConfigurationError, DataConfig, DataError
 from finetune_trainer.data.batch import Batch, collate
 from finetune_trainer.data.conversations import Conversation, with_system
 from finetune_trainer.data.order import MIXING, SAMPLING, Order, make_generator, make_interleaving, make_sample, micro_batches, order
-from finetune_trainer.data.rows import Row, Rows, fit_length, pack
+from finetune_trainer.data.rows import Row, Rows, check_vocabulary, fit_length, pack
 from finetune_trainer.data.sources import Source, find_source, load_source
 from finetune_trainer.data.template import encode, load_tokenizer
 
-__all__ = ["Batch", "Order", "Row", "Rows", "collate", "load_tokenizer", "micro_batches", "open_rows", "order"]
+__all__ = ["Batch", "Order", "Row", "Rows", "check_vocabulary", "collate", "load_tokenizer", "micro_batches", "open_rows", "order"]
 
 
-def open_rows(config: DataConfig, tokenizer: Any) -> Rows:
+def open_rows(config: DataConfig, tokenizer: Any, say: Callable[[str], None] = lambda line: None) -> Rows:
     """Every row of a run, tokenized and labelled, in the order of its data set; raises DataError or ConfigurationError before anything is trained.
 
-    ``config.max_length`` is resolved. Each conversation is tokenized once, however often sampling takes it.
+    ``config.max_length`` is resolved. Each conversation is tokenized once, however often sampling takes it. ``say`` gets a line now and then while that takes long.
     """
     chosen = _choose(config)
     unique = list({id(conversation): conversation for conversation in chosen}.values())
-    encoded = encode(tokenizer, [with_system(conversation, config.system) for conversation in unique])
+    encoded = encode(tokenizer, [with_system(conversation, config.system) for conversation in unique], say)
     fitted = {id(conversation): fit_length(row, config.max_length, config.truncation_strategy) for conversation, row in zip(unique, encoded, strict=True)}
     rows = [row for row in (fitted[id(conversation)] for conversation in chosen) if row is not None]
     if not rows:

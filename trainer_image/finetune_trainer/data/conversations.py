@@ -6,6 +6,7 @@ Pure: text in, conversations out. Where a conversation was read is kept with it 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ SHAPES = (
 )
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 NOT_TEXT = ("tools", "images", "videos", "audios", "tool_calls")
+SEPARATION = re.compile(r"[\s,]*")
+NOTHING = ("", "[]", "{}", "null")  # what a column of text holds where a row has no tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,7 @@ def parse_rows(content: bytes, name: str) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): a string may hold U+2028
         if line.strip():
-            place = f"{name}:{number}"
-            try:
-                yield place, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{place}: found text that is not JSON ({error.msg} at column {error.colno}), expected one JSON object with {SHAPES}"
-                ) from error
+            yield f"{name}:{number}", _parse(line, name, number, f"one JSON object with {SHAPES}")
 
 
 def make_conversation(value: Any, place: str) -> Conversation:
@@ -62,11 +59,11 @@ def make_conversation(value: Any, place: str) -> Conversation:
     if not isinstance(value, Mapping):
         raise DataError(f"{place}: found {_kind(value)}, expected an object with {SHAPES}")
     for key in NOT_TEXT:
-        if value.get(key):
+        if _is_something(value.get(key)):
             raise DataError(f"{place}: found `{key}`, which are not supported; expected a row of text only")
     messages = _messages(value, place)
     _check_order(messages, place)
-    return Conversation(place, messages)
+    return Conversation(place, _with_own_system(messages, value.get("system"), place))
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
@@ -85,13 +82,38 @@ def _decode(content: bytes, name: str) -> str:
 
 
 def _parse_array(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        expected = "expected one JSON object a line, or one JSON array of objects"
-        raise DataError(f"{name}:{error.lineno}: found text that is not JSON ({error.msg} at column {error.colno}), {expected}") from error
-    for number, value in enumerate(values, start=1):
+    for number, value in enumerate(_parse(text, name, 1, "one JSON object a line, or one JSON array of objects"), start=1):
         yield f"{name}: row {number}", value
+
+
+def _parse(text: str, name: str, line: int, expected: str) -> Any:
+    """The JSON value of a text that begins on ``line`` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{name}:{line + error.lineno - 1}"
+        raise DataError(f"{place}: found text that is not JSON ({error.msg} at column {error.colno}), expected {expected}") from error
+    except RecursionError as error:
+        raise DataError(f"{name}:{line + _lines_before_failure(text)}: found JSON that is nested too deeply, expected {expected}") from error
+    except ValueError as error:  # an integer of more digits than Python reads
+        reason = str(error).partition(";")[0]
+        raise DataError(f"{name}:{line + _lines_before_failure(text)}: found JSON that cannot be read ({reason}), expected {expected}") from error
+
+
+def _lines_before_failure(text: str) -> int:
+    """Line breaks before the first item of an array that cannot be read; 0 for a text of another kind."""
+    start = len(text) - len(text.lstrip())
+    if not text.startswith("[", start):
+        return 0
+    decoder = json.JSONDecoder()
+    position = start + 1
+    while True:
+        rest = SEPARATION.match(text, position)
+        position = rest.end() if rest else position
+        try:
+            _, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):  # at the closing bracket at the latest
+            return text.count("\n", 0, position)
 
 
 def _messages(row: Mapping[str, Any], place: str) -> tuple[Message, ...]:
@@ -120,13 +142,13 @@ def _message(item: Any, field: str, role_key: str, content_key: str, place: str)
     if not isinstance(item, Mapping) or role_key not in item or content_key not in item:
         found = "the keys " + ", ".join(f"`{key}`" for key in item) if isinstance(item, Mapping) and item else _kind(item)
         raise DataError(f"{place}: {field} is {found}, expected an object with `{role_key}` and `{content_key}`")
-    if item.get("tool_calls"):
+    if _is_something(item.get("tool_calls")):
         raise DataError(f"{place}: {field} has `tool_calls`, which are not supported; expected text only")
     known = SHAREGPT_ROLES if role_key == "from" else {name: name for name in ("system", "user", "assistant")}
     role = item[role_key]
     if not isinstance(role, str) or role not in known:
         raise DataError(f"{place}: {field} has the {role_key} {role!r}, expected one of {', '.join(known)}")
-    content = _filled(item[content_key], f"{field} ({role})", place)
+    content = _optional(item[content_key], f"{field} ({role})", place) if role == "system" else _filled(item[content_key], f"{field} ({role})", place)
     loss = item.get("loss")
     if loss is not None and not isinstance(loss, bool):
         raise DataError(f"{place}: {field} has the loss {loss!r}, expected true or false")
@@ -134,7 +156,7 @@ def _message(item: Any, field: str, role_key: str, content_key: str, place: str)
 
 
 def _from_pair(row: Mapping[str, Any], query: Any, response: Any, place: str) -> tuple[Message, ...]:
-    messages = [Message("system", _filled(row["system"], "`system`", place))] if row.get("system") else []
+    messages: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise DataError(f"{place}: `history` is not a list of pairs, expected [[question, answer], ...]")
@@ -143,6 +165,27 @@ def _from_pair(row: Mapping[str, Any], query: Any, response: Any, place: str) ->
         messages.append(Message("user", _filled(question, f"{where} question", place)))
         messages.append(Message("assistant", _filled(answer, f"{where} answer", place)))
     return tuple(messages)
+
+
+def _with_own_system(messages: tuple[Message, ...], system: Any, place: str) -> tuple[Message, ...]:
+    """The messages with the row's ``system`` first; a system message without words, which much public data has, is dropped."""
+    text = _optional(system, "`system`", place)
+    if messages[0].role == "system":
+        own, messages = messages[0].content, messages[1:]
+        if own and text and own.strip() != text.strip():
+            raise DataError(f"{place}: found `system` and a system message that says something else, expected one of them")
+        text = own or text
+    return (Message("system", text), *messages) if text else messages
+
+
+def _is_something(value: Any) -> bool:
+    return value.strip() not in NOTHING if isinstance(value, str) else bool(value)
+
+
+def _optional(value: Any, field: str, place: str) -> str:
+    """A text, or "" where there is none."""
+    text = "" if value is None else _text(value, field, place)
+    return text if text.strip() else ""
 
 
 def _text(value: Any, field: str, place: str) -> str:

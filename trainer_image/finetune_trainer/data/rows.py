@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_trainer.contract import ModelError
+
 
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -49,6 +51,16 @@ class Rows:
             content.update(row.input_ids.astype("<i4", copy=False).tobytes())
             content.update(np.packbits(row.labelled).tobytes())
         return content.hexdigest()[:16]
+
+
+def check_vocabulary(rows: Rows, vocab_size: int) -> None:
+    """Raise ModelError where a row has a token for which the model has no embedding."""
+    largest = max(int(row.input_ids.max()) for row in rows.rows)
+    if largest >= vocab_size:
+        raise ModelError(
+            f"the tokenizer gives the token id {largest}, but vocab_size in the model's config.json is {vocab_size}, so ids end at {vocab_size - 1}: "
+            "tokenizer and model do not belong together; expected the tokenizer files that came with the model"
+        )
 
 
 def has_label(row: Row) -> bool:

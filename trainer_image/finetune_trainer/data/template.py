@@ -8,10 +8,9 @@ a prompt; so a default system message, reasoning that is kept in the last turn o
 
 from __future__ import annotations
 
-import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +25,9 @@ from finetune_trainer.data.conversations import Conversation, Message
 from finetune_trainer.data.rows import Row, has_label
 
 CHUNK = 512  # conversations tokenized at once: enough for every core, few enough to hold their offsets
+SAY_SECONDS = 2
 FIRST_MARK = 0xE000  # the private use area of Unicode: no text should hold these, and one that does gets the next two
 THINKING_END = "</think>"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +56,11 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, conversations: Sequence[Conversation]) -> list[Row]:
-    """One Row for each conversation; raises DataError for one that the template refuses, ModelError for a template that cannot be used."""
+def encode(tokenizer: Any, conversations: Sequence[Conversation], say: Callable[[str], None] = lambda line: None) -> list[Row]:
+    """One Row for each conversation; raises DataError for one that the template refuses, ModelError for a template that cannot be used.
+
+    Work of more than SAY_SECONDS says how far it is.
+    """
     if not tokenizer.chat_template:
         raise ModelError(
             "the model's tokenizer has no chat template, so messages cannot be turned into text; expected chat_template in tokenizer_config.json or a file chat_template.jinja (instruct models have one)"
@@ -69,8 +70,8 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation]) -> list[Row]:
     said = time.monotonic()
     for first in range(0, len(conversations), CHUNK):
         rows.extend(encoder.encode(conversations[first : first + CHUNK]))
-        if time.monotonic() - said > 2:
-            log.info("tokenized %s of %s rows", f"{len(rows):,}", f"{len(conversations):,}")
+        if time.monotonic() - said > SAY_SECONDS:
+            say(f"tokenized {len(rows):,} of {len(conversations):,} rows")
             said = time.monotonic()
     return rows
 
