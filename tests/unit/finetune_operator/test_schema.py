@@ -96,7 +96,8 @@ def test_wrong_spec_is_refused_with_its_field(sections: dict[str, Any], message:
 
 
 def test_a_batch_with_open_sizes_is_the_trainers_to_judge() -> None:
-    make_job(training={"globalBatchSize": 16, "microBatchSize": 3}, parallelism={"tensorModelParallelSize": 1})
+    job = make_job(training={"globalBatchSize": 16, "microBatchSize": 3}, parallelism={"tensorModelParallelSize": 1})
+    assert job.spec.training.micro_batch_size == 3
 
 
 def test_every_wrong_field_is_named_at_once() -> None:
