@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_operator.describe import value_text
-from finetune_trainer.contract import Progress
+from finetune_trainer.contract import Progress, is_logged
 
 
 class Display(Protocol):
@@ -23,12 +23,15 @@ class Display(Protocol):
     def update(self, progress: Progress) -> None:
         """Show the newest progress."""
 
+    def catch_up(self, progress: Progress) -> None:
+        """Show those of its recent steps that have a line and were not shown yet."""
+
     def close(self) -> None:
         """End the display; what it showed last stays."""
 
 
 def open_display(title: str, logging_steps: int, console: Console | None = None) -> Display:
-    """A live panel when standard output is a terminal, else lines: one for each stage and every ``logging_steps`` steps."""
+    """A live panel when standard output is a terminal, else lines: one for each stage that is seen and each step that the trainer's log has."""
     chosen = console or Console(highlight=False, soft_wrap=True)
     if chosen.is_terminal and not chosen.is_dumb_terminal:
         return _Panel(title, chosen)
@@ -49,6 +52,15 @@ def step_text(progress: Progress) -> str:
     return "  ".join(parts)
 
 
+def step_lines(progress: Progress, logging_steps: int, shown: int) -> list[str]:
+    """A line for each of the recent steps above ``shown`` that the trainer's log has, with the figures of that step."""
+    return [
+        step_text(progress.after(progress.recent[:count]))
+        for count, point in enumerate(progress.recent, start=1)
+        if point.step > shown and is_logged(point.step, progress.total_steps, logging_steps)
+    ]
+
+
 class _Lines:
     def __init__(self, console: Console, logging_steps: int) -> None:
         self._console = console
@@ -64,13 +76,21 @@ class _Lines:
         if progress.resolved and not self._resolved_said:
             self._resolved_said = True
             self.say("chosen: " + ", ".join(f"{name} {value_text(value)}" for name, value in progress.resolved.items()))
-        if progress.stage != self._stage:
-            self._stage = progress.stage
-            self.say(progress.stage)
-        due = progress.step // self._logging_steps > self._step // self._logging_steps or progress.step == progress.total_steps
-        if progress.step > self._step and (due or self._step == 0):
-            self._step = progress.step
-            self.say(step_text(progress))
+        self.catch_up(progress)
+        self._enter(progress.stage)
+
+    def catch_up(self, progress: Progress) -> None:
+        lines = step_lines(progress, self._logging_steps, self._step)
+        if lines:
+            self._enter("training")
+            self._step = progress.recent[-1].step
+        for line in lines:
+            self.say(line)
+
+    def _enter(self, stage: str) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            self.say(stage)
 
     def close(self) -> None:
         return
@@ -87,6 +107,9 @@ class _Panel:
 
     def update(self, progress: Progress) -> None:
         self._live.update(_panel(self._title, progress))
+
+    def catch_up(self, progress: Progress) -> None:
+        return
 
     def close(self) -> None:
         self._live.stop()

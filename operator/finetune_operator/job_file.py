@@ -61,14 +61,31 @@ class JobFile:
 
 def load(path: Path) -> JobFile:
     """Read the one FineTuneJob of a file (`-`: standard input); raises ConfigurationError or InvalidJob."""
-    documents = _read(path)
-    jobs = [document for document in documents if not isinstance(document.value, dict) or document.value.get("kind", names.KIND) == names.KIND]
-    others = tuple(_title(document) for document in documents if document not in jobs)
+    jobs, others = _documents(path)
     if len(jobs) != 1:
         found = f"{len(jobs)} ({', '.join(map(_title, jobs))})" if jobs else ", ".join(others) or "an empty file"
         raise ConfigurationError(f"{path}: it must hold one {names.KIND} (found {found})")
-    with _locating(path, jobs[0]):
-        return JobFile(path, jobs[0], schema.parse(jobs[0].value), others)
+    return _parse(path, jobs[0], others)
+
+
+def load_all(path: Path) -> list[JobFile]:
+    """Read every FineTuneJob of a file, at least one; raises ConfigurationError or InvalidJob."""
+    jobs, others = _documents(path)
+    if not jobs:
+        raise ConfigurationError(f"{path}: it must hold a {names.KIND} (found {', '.join(others) or 'an empty file'})")
+    return [_parse(path, job, others) for job in jobs]
+
+
+def _documents(path: Path) -> tuple[list[kubeyaml.Document], tuple[str, ...]]:
+    """The documents that are FineTuneJobs, or should be, and the titles of the others."""
+    documents = _read(path)
+    jobs = [document for document in documents if not isinstance(document.value, dict) or document.value.get("kind", names.KIND) == names.KIND]
+    return jobs, tuple(_title(document) for document in documents if document not in jobs)
+
+
+def _parse(path: Path, document: kubeyaml.Document, others: tuple[str, ...]) -> JobFile:
+    with _locating(path, document):
+        return JobFile(path, document, schema.parse(document.value), others)
 
 
 def _read(path: Path) -> list[kubeyaml.Document]:

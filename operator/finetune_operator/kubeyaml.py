@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,27 @@ def read(text: bytes) -> list[Document]:
         return _read_json(text, error)
     except RecursionError as error:
         raise InvalidYAML("nested too deeply to be a FineTuneJob") from error
+
+
+def write(values: Iterable[Any]) -> str:
+    """JSON values as YAML documents that kubectl reads back equal: what it would take for a number or a boolean is in quotes."""
+    documents = (yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize) for value in values)
+    return "---\n".join(documents)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML quotes what YAML 1.1 reads as something else than text; go-yaml sees more of it (`1e3`)."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = text == "" or isinstance(scalar(text), str)
+    return dumper.represent_scalar(f"{_TAG}str", text, style=None if plain else "'")
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def scalar(text: str) -> Any:

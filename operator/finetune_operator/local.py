@@ -163,7 +163,7 @@ def _opening(run: Run) -> list[str]:
 async def _run_gang(run: Run, nodes: list[Launcher], display: Display) -> Ending:
     gang = Gang(nodes, run.plan.config.run.grace_seconds)
     ended = asyncio.Event()
-    watcher = asyncio.create_task(_watch(run.folder / "progress.json", display, ended))
+    watcher = asyncio.create_task(_watch(run, display, ended))
     with _stopping_on_signals(gang, display):
         try:
             return await gang.run()
@@ -194,9 +194,10 @@ def _stopping_on_signals(gang: Gang, display: Display) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _watch(address_file: Path, display: Display, ended: asyncio.Event) -> None:
-    """Show rank 0's progress until the gang has ended; an answer that is under way then is still shown."""
-    said = False
+async def _watch(run: Run, display: Display, ended: asyncio.Event) -> None:
+    """Show rank 0's progress until the gang has ended, and then the steps of its report that came after the last answer."""
+    address_file = run.folder / "progress.json"
+    said, newest = False, None
     while not await _has_ended(ended):
         address = _read_address(address_file)
         if address is None:
@@ -207,6 +208,17 @@ async def _watch(address_file: Path, display: Display, ended: asyncio.Event) -> 
         progress = await asyncio.to_thread(fetch_progress, address)
         if progress is not None:
             display.update(progress)
+            newest = progress
+    report = runs.read_report(run)
+    if newest is not None and report is not None:
+        display.catch_up(remaining_steps(newest, report))
+
+
+def remaining_steps(newest: Progress, report: RunReport) -> Progress:
+    """The last answer of an attempt with all steps of the attempt's report; with none where nobody has said of how many."""
+    total = newest.total_steps or (report.curve[-1].step if report.succeeded and report.curve else 0)
+    steps = [point for point in report.curve if total and point.step > report.resumed_from_step]
+    return newest.model_copy(update={"recent": steps, "total_steps": total})
 
 
 async def _has_ended(ended: asyncio.Event) -> bool:

@@ -9,7 +9,19 @@ GROUP = "finetune.mcore.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
 
+OPERATOR = "finetune-operator"
+"""Field manager, reporting component and value of app.kubernetes.io/managed-by."""
+JOB_LABEL = f"{GROUP}/job-name"
+"""On every child: the watch of pods selects by it, and a retained claim is recognised by it."""
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+NODE_LABEL = f"{GROUP}/node-rank"
+RUN_CONFIG_ANNOTATION = f"{GROUP}/run-config"
+TRAINER_CONTAINER = "trainer"
+
+PLACEHOLDER_UID = "00000000-0000-0000-0000-000000000000"
+"""Uid of a job that no cluster knows."""
 DEFAULT_WORK = Path("runs")
 """Folder of all results of `finetune run`."""
 
@@ -19,7 +31,7 @@ NAME_RULE = (
 )
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
-_ENVIRONMENT_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
+ENVIRONMENT_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
 
 GANG_ENVIRONMENT = frozenset(
     (
@@ -42,7 +54,7 @@ def is_namespace(name: str) -> bool:
 
 def is_environment_name(name: str) -> bool:
     """Whether Kubernetes takes this as an environment variable's name."""
-    return _ENVIRONMENT_NAME.fullmatch(name) is not None
+    return ENVIRONMENT_NAME.fullmatch(name) is not None
 
 
 def is_gang_environment(name: str) -> bool:
@@ -53,6 +65,21 @@ def is_gang_environment(name: str) -> bool:
 def service(job: str) -> str:
     """The headless Service of a job's pods: their subdomain."""
     return job
+
+
+def pod(job: str, attempt: int, node: int) -> str:
+    """The pod of one node of one gang."""
+    return f"{job}-{attempt}-{node}"
+
+
+def claim(job: str) -> str:
+    """The claim that is made from a job's template."""
+    return f"{job}-work"
+
+
+def child_labels(job: str) -> dict[str, str]:
+    """Labels of every child; the job's own labels are never copied, because Argo CD and Kueue act on theirs."""
+    return {"app.kubernetes.io/name": "finetune-trainer", "app.kubernetes.io/managed-by": OPERATOR, JOB_LABEL: job}
 
 
 def host(job: str, node: int) -> str:

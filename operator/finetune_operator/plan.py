@@ -5,8 +5,10 @@ The same Plan becomes pods in a cluster and local processes in `finetune run`; t
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic.alias_generators import to_camel
@@ -17,7 +19,6 @@ from finetune_operator.schema import FineTuneJob, Spec
 from finetune_operator.settings import Settings
 from finetune_trainer.contract import Contract, ModelConfig, RunConfig, RunContext
 
-DEFAULT_RESOURCE = "nvidia.com/gpu"
 LAUNCHER = ("megatron", "launch")
 UNBUILT_SCHEMES = {"ms": "ModelScope", "pvc": "a PersistentVolumeClaim", "s3": "object storage"}
 
@@ -80,10 +81,17 @@ class Plan:
     processes_per_node: int
     accelerator: str | None
     """Kubernetes resource, one per process; None: CPU."""
+    master_port: int
+    """Of the gang's rendezvous on node 0; 0: a free one."""
 
     @property
     def world_size(self) -> int:
         return len(self.nodes) * self.processes_per_node
+
+    @cached_property
+    def run_config(self) -> str:
+        """RunConfig as one line of JSON: the same in every pod of the gang."""
+        return json.dumps(json.loads(self.config.dump()), ensure_ascii=False, separators=(",", ":"))
 
 
 def cluster_place(settings: Settings) -> Place:
@@ -114,7 +122,8 @@ def make_plan(job: FineTuneJob, settings: Settings, place: Place, identity: Iden
         command=(*LAUNCHER, run_file),
         nodes=tuple(NodePlan(index, names.host(job.name, index), _environment(job, place, index)) for index in range(nodes.count)),
         processes_per_node=nodes.processes_per_node,
-        accelerator=(nodes.accelerator.resource_name or DEFAULT_RESOURCE) if nodes.accelerator.type == "GPU" else None,
+        accelerator=nodes.accelerator.resource,
+        master_port=place.master_port,
     )
 
 

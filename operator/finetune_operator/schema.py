@@ -1,4 +1,4 @@
-"""The FineTuneJob: its Kubernetes half, written here, around the run options, which `finetune_trainer.contract` declares.
+"""The FineTuneJob: its Kubernetes half, of `workload`, around the run options, which `finetune_trainer.contract` declares.
 
 Absent run options stay None: the engine chooses them. Rules that cross fields and need nothing but the job stand at the end
 of the model they concern; what needs the model's config.json is the trainer's to refuse.
@@ -7,210 +7,55 @@ of the model they concern; what needs the model's config.json is the trainer's t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self, get_args
+from functools import cache
+from typing import Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
 
 from finetune_operator import names, problems
 from finetune_operator.problems import FieldError, InvalidJob, Problem
+from finetune_operator.workload import Label, Nodes, RunPolicy, SecretKeyRef, Text, Volumes
 from finetune_trainer.contract import (
     CheckpointsConfig,
     Contract,
     DataConfig,
     ModelConfig,
-    Natural,
     OutputConfig,
     ParallelismConfig,
-    Positive,
     TrainingConfig,
     TuningConfig,
 )
-
-_QUANTITY = re.compile(r"\+?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?")
-
-
-def _check_quantity(value: Any) -> str | int:
-    if isinstance(value, float):
-        raise ValueError(f"{value} is not a whole number; put it in quotes")
-    if isinstance(value, bool) or not isinstance(value, str | int) or not _QUANTITY.fullmatch(str(value)):
-        raise ValueError(f"{json.dumps(value)} is not a Kubernetes quantity such as 500m, 8 or 64Gi")
-    return value
-
-
-Text = Annotated[str, Field(max_length=4096)]
-Label = Annotated[str, Field(min_length=1, max_length=316)]
-Quantity = Annotated[
-    Any,
-    AfterValidator(_check_quantity),
-    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 64}], "x-kubernetes-int-or-string": True}),
-]
-ClaimName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
-
-
-class SecretKeyRef(Contract):
-    """One key of a Secret in the job's namespace."""
-
-    name: ClaimName = Field(description="Name of the Secret.")
-    key: Label = Field(description="Key in the Secret.")
 
 
 class JobModel(ModelConfig):
     """The model to start from."""
 
     token_secret_ref: SecretKeyRef | None = Field(
-        None, description="Secret with the token for gated models (HF_TOKEN). Without a cluster the user's own login is used."
+        None,
+        description="Secret with the token for gated models and data sets; pods get it as HF_TOKEN. Absent: only what is public can be read. Without a cluster the user's own login is used.",
     )
 
 
-class Accelerator(Contract):
-    """What each process computes on."""
-
-    type: Literal["GPU", "CPU"] = Field("GPU", description="GPU or CPU.")
-    resource_name: Label | None = Field(None, description="Kubernetes resource, one per process. Absent: nvidia.com/gpu with GPU; refused with CPU.")
-
-    @model_validator(mode="after")
-    def _resource_needs_gpu(self) -> Self:
-        if self.type == "CPU" and self.resource_name is not None:
-            raise FieldError("resourceName", f"{self.resource_name} is set; it needs type GPU (found CPU)")
-        return self
-
-
-class ResourceRequirements(Contract):
-    """Kubernetes' ResourceRequirements of the trainer's container."""
-
-    requests: dict[Label, Quantity] = Field({}, max_length=64, description="What is reserved.")
-    limits: dict[Label, Quantity] = Field({}, max_length=64, description="What may be used.")
-
-
-class EnvVar(Contract):
-    """Kubernetes' EnvVar."""
-
-    name: Label = Field(description="Name; those that the gang sets (RANK, MASTER_ADDR, PET_*, ...) are refused.")
-    value: Annotated[str, Field(max_length=65536)] | None = Field(None, description="Value.")
-    value_from: dict[str, Any] | None = Field(None, description="Kubernetes' EnvVarSource.")
-
-    @model_validator(mode="after")
-    def _is_free(self) -> Self:
-        if not names.is_environment_name(self.name):
-            raise FieldError("name", f"{self.name!r} is not a name of an environment variable")
-        if names.is_gang_environment(self.name):
-            raise FieldError("name", f"{self.name} is set by the gang itself and cannot be given")
-        if self.value is not None and self.value_from is not None:
-            raise FieldError("valueFrom", "value is set too; give one of them")
-        return self
-
-
-class Toleration(Contract):
-    """Kubernetes' Toleration."""
-
-    key: Text | None = Field(None, description="Taint's key; absent with Exists: all.")
-    operator: Literal["Exists", "Equal"] | None = Field(None, description="Absent: Equal.")
-    value: Text | None = Field(None, description="Taint's value.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Absent: all effects.")
-    toleration_seconds: int | None = Field(None, description="How long NoExecute is tolerated. Absent: for ever.")
-
-
-class PodTemplate(Contract):
-    """Kubernetes' PodTemplateSpec, laid over the operator's by strategic-merge rules; the API server checks its fields."""
-
-    metadata: dict[str, Any] | None = Field(None, description="Labels and annotations of the pods.")
-    spec: dict[str, Any] | None = Field(None, description="PodSpec; the trainer's container is `trainer`.")
-
-
-class Nodes(Contract):
-    """The machines of the gang: one pod each."""
-
-    count: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="Nodes.")
-    processes_per_node: Annotated[int, Field(ge=1, le=64)] = Field(1, description="Processes on each node: its GPUs where GPUs are used.")
-    accelerator: Accelerator = Field(Accelerator(), description="What each process computes on.")
-    image: Text | None = Field(None, description="Trainer image. Absent: the operator's setting.")
-    resources: ResourceRequirements = Field(ResourceRequirements(), description="Of each node's container, beside the accelerators.")
-    shared_memory: Quantity | None = Field(None, description="Size of /dev/shm. Absent: the operator's setting.")
-    env: list[EnvVar] = Field([], max_length=256, description="More environment variables.")
-    node_selector: dict[Label, Text] = Field({}, max_length=64, description="Labels that a node must have.")
-    tolerations: list[Toleration] = Field([], max_length=64, description="Taints that are tolerated.")
-    pod_template: PodTemplate | None = Field(None, description="A PodTemplateSpec laid over ours.")
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        seen: set[str] = set()
-        for index, variable in enumerate(self.env):
-            if variable.name in seen:
-                raise FieldError(f"env[{index}].name", f"{variable.name} is given twice")
-            seen.add(variable.name)
-        return self
-
-    @property
-    def world_size(self) -> int:
-        """Processes of the whole gang."""
-        return self.count * self.processes_per_node
-
-
-class ExistingClaim(Contract):
-    """An existing PersistentVolumeClaim."""
-
-    claim_name: ClaimName = Field(description="Name of an existing PersistentVolumeClaim in the job's namespace.")
-
-
-class ClaimTemplate(Contract):
-    """A claim that the operator makes."""
-
-    metadata: dict[str, Any] | None = Field(None, description="Labels and annotations of the claim.")
-    spec: dict[str, Any] = Field(description="PersistentVolumeClaimSpec; ReadWriteMany where nodes.count is above 1.")
-
-
-class WorkVolume(Contract):
-    """Where results go: an existing claim, or one made from a template."""
-
-    claim_name: ClaimName | None = Field(None, description="Name of an existing PersistentVolumeClaim in the job's namespace.")
-    volume_claim_template: ClaimTemplate | None = Field(None, description="A claim to make.")
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if (self.claim_name is None) == (self.volume_claim_template is None):
-            found = "neither" if self.claim_name is None else "both"
-            raise FieldError("", f"exactly one of claimName and volumeClaimTemplate is needed (found {found})")
-        return self
-
-
-class RetentionPolicy(Contract):
-    """What becomes of claims that were made for a job."""
-
-    when_deleted: Literal["Retain", "Delete"] = Field("Retain", description="When the job is deleted.")
-
-
-class Volumes(Contract):
-    """Storage of a job in a cluster."""
-
-    cache: ExistingClaim | None = Field(None, description="Models and data sets from hubs, shared between jobs. Absent: fetched anew by each pod.")
-    work: WorkVolume | None = Field(None, description="Checkpoints and results. Required in a cluster unless the operator's settings give one.")
-    persistent_volume_claim_retention_policy: RetentionPolicy = Field(RetentionPolicy(), description="Of claims made from a template.")
-
-
-class RunPolicy(Contract):
-    """How long and how often a gang is tried."""
-
-    backoff_limit: Natural = Field(3, description="Counted restarts before the job has failed.")
-    active_deadline_seconds: Positive | None = Field(None, description="Longest time that the job may be active. Absent: no limit.")
-    node_lost_seconds: Positive = Field(300, description="A node that is gone for so long is lost.")
-    progress_deadline_seconds: Positive = Field(1800, description="A heartbeat that is silent for so long is a hang; more than parallelism.ddpTimeout.")
-    clean_pod_policy: Literal["None", "Running", "All"] = Field("None", description="Which pods are deleted when the job has ended.")
-
-
 class Spec(Contract):
-    """What is asked for."""
+    """What is asked for. Needed are model.source, data.dataset and, in a cluster, volumes.work; where the rest is silent the trainer chooses or a default holds, and `status.resolved` says what it is.
 
-    suspend: bool = Field(False, description="Stop the gang after a checkpoint, or do not start it.")
-    model: JobModel = Field(description="The model to start from.")
-    data: DataConfig = Field(description="What to train on.")
-    tuning: TuningConfig = Field(TuningConfig(), description="Which weights are trained.")
-    parallelism: ParallelismConfig = Field(ParallelismConfig(), description="How the model is cut over processes.")
-    training: TrainingConfig = Field(TrainingConfig(), description="How it is trained.")
-    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="When training state is kept.")
-    output: OutputConfig = Field(OutputConfig(), description="What is left when the run has ended.")
-    nodes: Nodes = Field(Nodes(), description="The machines of the gang.")
+    All of it stays as it was made, except suspend, runPolicy and, where the job is suspended before or after the change, nodes.nodeSelector and nodes.tolerations.
+    """
+
+    suspend: bool = Field(False, description="true: stop the gang after a checkpoint, or do not start it. false again: it continues from there.")
+    model: JobModel = Field(description="The model to start from, as `{source: Qwen/Qwen2.5-7B-Instruct}`.")
+    data: DataConfig = Field(description='What to train on, as `{dataset: ["org/rows#500", ./more.jsonl]}`, and how rows are cut, mixed and packed.')
+    tuning: TuningConfig = Field(TuningConfig(), description="Which weights are trained: low-rank adapters (LoRA), or all.")
+    parallelism: ParallelismConfig = Field(
+        ParallelismConfig(),
+        description="How the model is cut over the nodes.count × nodes.processesPerNode processes. A size that is absent is chosen to fit the accelerators' memory.",
+    )
+    training: TrainingConfig = Field(TrainingConfig(), description="How it is trained: batches, length of the run, learning rate, optimizer, recomputation.")
+    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="When training state is kept, and whether a run continues from it.")
+    output: OutputConfig = Field(OutputConfig(), description="What is exported when training has ended, and how it is proven.")
+    nodes: Nodes = Field(Nodes(), description="The machines of the gang: how many, with what, and what their pods are like.")
     volumes: Volumes = Field(Volumes(), description="Storage of a job in a cluster.")
     run_policy: RunPolicy = Field(RunPolicy(), description="How long and how often a gang is tried.")
 
@@ -322,13 +167,62 @@ def _template_is_shared(spec: Spec) -> None:
         )
 
 
+def _adapter_needs_lora(spec: Spec) -> None:
+    if spec.tuning.tuner_type == "full" and "peft" in (spec.output.formats or ()):
+        raise FieldError("output.formats", "it has peft, which needs tuning.tunerType lora (found full)")
+
+
+def _rates_are_at_most_the_highest(spec: Spec) -> None:
+    training = spec.training
+    for name in ("min_lr", "lr_warmup_init"):
+        rate = getattr(training, name)
+        if rate is not None and training.lr is not None and rate > training.lr:
+            raise FieldError(f"training.{to_camel(name)}", f"it is {rate:g}; it must be at most lr ({training.lr:g})")
+
+
+def _warmup_ends(spec: Spec) -> None:
+    training = spec.training
+    if training.lr_warmup_fraction is not None:
+        if training.lr_warmup_fraction >= 1:
+            raise FieldError("training.lrWarmupFraction", f"it is {training.lr_warmup_fraction:g}; it must be less than 1, so that the rate can decay")
+    elif training.lr_decay_iters is not None and training.lr_warmup_iters >= training.lr_decay_iters:
+        raise FieldError("training.lrWarmupIters", f"it is {training.lr_warmup_iters}; it must be less than lrDecayIters ({training.lr_decay_iters})")
+
+
+def _recomputation_is_of_its_kind(spec: Spec) -> None:
+    training, kind = spec.training, spec.training.recompute_granularity
+    for name, needed in (("recompute_num_layers", "full"), ("recompute_modules", "selective")):
+        if getattr(training, name) is not None and kind not in (None, needed):
+            raise FieldError(f"training.{to_camel(name)}", f"it is set; it needs recomputeGranularity {needed} (found {kind})")
+
+
+def _gathering_has_its_parts(spec: Spec) -> None:
+    sizes = spec.parallelism
+    if sizes.overlap_param_gather and not (sizes.overlap_grad_reduce and sizes.use_distributed_optimizer):
+        raise FieldError("parallelism.overlapParamGather", "it is true; it needs overlapGradReduce and useDistributedOptimizer")
+
+
+def _accelerators_are_given_once(spec: Spec) -> None:
+    resource = spec.nodes.accelerator.resource
+    for part in ("requests", "limits"):
+        if resource is not None and resource in getattr(spec.nodes.resources, part):
+            raise FieldError(f"nodes.resources.{part}", f"it has {resource}, which processesPerNode gives ({spec.nodes.processes_per_node}): leave it out")
+
+
 RULES: tuple[Callable[[Spec], None], ...] = (
     _world_is_divisible,
     _batches_are_whole,
     _probabilities_match,
     _hang_is_longer_than_a_collective,
     _template_is_shared,
+    _adapter_needs_lora,
+    _rates_are_at_most_the_highest,
+    _warmup_ends,
+    _recomputation_is_of_its_kind,
+    _gathering_has_its_parts,
+    _accelerators_are_given_once,
 )
+"""What `cel.py` says to the API server, with the values that were found."""
 
 
 def parse(value: Any) -> FineTuneJob:
@@ -354,12 +248,18 @@ def _without_nulls(value: Any, model: type[Contract] | None) -> Any:
         return [_without_nulls(item, model) for item in value]
     if model is None or not isinstance(value, dict):
         return value
-    models = {field.alias: _model_in(field.annotation) for field in model.model_fields.values()}
+    models = _models_of(model)
     return {key: _without_nulls(item, models.get(key)) for key, item in value.items() if item is not None or key not in models}
 
 
-def _model_in(annotation: Any) -> type[Contract] | None:
+@cache
+def _models_of(model: type[Contract]) -> dict[str | None, type[Contract] | None]:
+    """The model in each field, by its name in the API."""
+    return {field.alias: model_in(field.annotation) for field in model.model_fields.values()}
+
+
+def model_in(annotation: Any) -> type[Contract] | None:
     """The model that a field's type has in it: `Volumes | None`, `list[EnvVar]`."""
     if isinstance(annotation, type) and issubclass(annotation, Contract):
         return annotation
-    return next((found for found in map(_model_in, get_args(annotation)) if found), None)
+    return next((found for found in map(model_in, get_args(annotation)) if found), None)

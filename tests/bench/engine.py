@@ -1,5 +1,7 @@
 """``make bench``: the engine against its peers on this machine; a table in the terminal, and rows in docs/benchmarks/engine.json.
 
+``python engine.py import`` and ``python engine.py steps`` measure one part, and show it only.
+
 The job is SmolLM2-135M-Instruct, LoRA of rank 8 on every linear layer, 8 rows of self-cognition a step, float32, no dropout. The peer is transformers + PEFT at the best of its settings (processes, threads,
 rows per pass). A ratio above 1 means that ours is better.
 """
@@ -43,11 +45,14 @@ import smollm2  # noqa: E402 it lies beside the example that it prepares
 
 
 def main() -> None:
+    parts = {"import": import_rows, "steps": step_rows}
+    chosen = sys.argv[1:] or list(parts)
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(smollm2.prepare(), Path(folder))
-        rows = [*import_rows(config, Path(folder)), *step_rows(config, Path(folder))]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows = [entry for part in chosen for entry in parts[part](config, Path(folder))]
+    if not sys.argv[1:]:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     show(rows)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from finetune_trainer import convert, families, hf_files, model, parallel, resolve
 from finetune_trainer.contract import RunConfig
 
-REPEATS = 5
+REPEATS = 9
 
 
 def main() -> None:
@@ -59,22 +59,23 @@ def main() -> None:
             weight.detach().sum()
 
     works = {"read": read, "reread": reread, "import": import_base, "transformers": from_pretrained}
-    seconds = {f"{name} {state}": measure(work, files if state == "cold" else []) for name, work in works.items() for state in ("warm", "cold")}
+    seconds = {f"{name} {state}": median(times) for state in ("warm", "cold") for name, times in measure(works, files if state == "cold" else []).items()}
     print(json.dumps({"bytes": num_bytes, "seconds": seconds}))
     parallel.shut_down()
 
 
-def measure(work: Callable[[], None], cold_files: list[Path]) -> float:
-    """The median time of some calls after one that does not count."""
-    work()
-    times = []
-    for _ in range(REPEATS):
-        for file in cold_files:
-            forget(file)
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return median(times)
+def measure(works: Mapping[str, Callable[[], None]], cold_files: list[Path]) -> dict[str, list[float]]:
+    """Times of some calls of each work after one that does not count; in turn, so that all see the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(REPEATS + 1):
+        for name, work in works.items():
+            for file in cold_files:
+                forget(file)
+            begin = time.perf_counter()
+            work()
+            if repeat:
+                times[name].append(time.perf_counter() - begin)
+    return times
 
 
 def forget(file: Path) -> None:

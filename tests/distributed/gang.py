@@ -21,16 +21,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 PRELOAD = ("torch", "finetune_trainer.parallel", "finetune_trainer.model")
 START_DEADLINE_SECONDS = 300.0
+CPU_ONLY = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 class RankFailedError(AssertionError):
@@ -62,11 +63,14 @@ class Answer:
 class Gang:
     """``size`` workers that import ``preload`` when they start, at the first call, and live until ``close``."""
 
-    def __init__(self, size: int, preload: tuple[str, ...] = PRELOAD, grace_seconds: float = 5.0) -> None:
-        """``grace_seconds``: how long the other ranks may take to answer once one has failed."""
+    def __init__(
+        self, size: int, preload: tuple[str, ...] = PRELOAD, grace_seconds: float = 5.0, environment: Mapping[str, str] = MappingProxyType(CPU_ONLY)
+    ) -> None:
+        """``grace_seconds``: how long the other ranks may take to answer once one has failed. ``environment``: of the workers, beside the session's."""
         self.size = size
         self.grace_seconds = grace_seconds
         self.preload = preload
+        self.environment = dict(environment)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
 
@@ -113,7 +117,7 @@ class Gang:
         self._processes, self._connections = [], []
 
     def _start(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         for _ in range(self.size):
             ours, theirs = Pipe()
             command = [sys.executable, __file__, str(theirs.fileno()), *self.preload]

@@ -165,6 +165,27 @@ def test_a_rank_reads_the_bytes_of_its_share_and_no_more(name: str, layout: str,
         assert max(read for read, _ in counts) < 0.75 * whole
 
 
+def order_of_reading(layout: Layout) -> list[tuple[str, int]]:
+    """Where the tensors lie that import reads, in the order in which it does."""
+    seen: list[tuple[str, int]] = []
+    copy_into = HFModel.copy_into
+
+    def watched(hf: HFModel, place: torch.Tensor, name: str, slices: tuple[slice, ...]) -> None:
+        seen.append(hf.place_of(name))
+        copy_into(hf, place, name, slices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HFModel, "copy_into", watched)
+        load(layout)
+    return seen
+
+
+def test_import_reads_in_the_order_of_the_files(folders: dict[str, Path], gang: Callable[[str], Gang]) -> None:
+    for places in gang("tp2-pp2").run(order_of_reading, Layout(folders["llama"], LAYOUTS["tp2-pp2"])):
+        assert len(places) > 10
+        assert places == sorted(places)
+
+
 def edited(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> Path:
     """A copy of a model folder, in one file, with its tensors changed."""
     shutil.copytree(source, target)

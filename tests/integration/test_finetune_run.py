@@ -83,6 +83,7 @@ def test_two_nodes_on_this_machine_give_a_verified_adapter(folder: Path) -> None
     assert (code, errors) == (0, ""), "\n".join([*lines, errors])
     (results,) = result_folders(folder)
     assert lines[:3] == ["ignored without a cluster: nodes.image", "there is no GPU here: 2 processes on the CPU", f"run {results.name}"]
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/4", "2/4", "3/4", "4/4"]
     assert "verified (Adapter" in "\n".join(lines)
     assert f"peft: {results}/peft" in lines
     assert (results / "peft" / "adapter_model.safetensors").exists()
@@ -110,6 +111,7 @@ def test_ctrl_c_checkpoints_and_resume_auto_continues_the_same_curve(folder: Pat
     assert lines[2] == f"continuing run {results.name} (attempt 2; --resume never starts anew)"
     assert result_folders(folder) == [results]
     report = read_report(results)
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == [f"{step}/60" for step in range(done + 1, 61)]
     assert report["resumedFromStep"] == done
     assert [point["step"] for point in report["curve"]] == list(range(1, 61))
     assert report["verification"]["passed"]

@@ -53,10 +53,16 @@ def test_run_shows_progress_and_says_what_came_out(tmp_path: Path, capsys: pytes
     folder = only_run(tmp_path)
     assert lines[:3] == [f"run {folder.name}", f"results: {folder}", f"output of the processes: {folder}/logs/attempt-1"]
     assert lines[3].startswith("progress: http://127.0.0.1:")
-    assert lines[4:7] == ["chosen: training.microBatchSize 4", "training", "step 3/6  loss 1.25  learning rate 0.0001  512 tokens/s  3s left"]
-    assert lines[7].startswith("finished in ")
-    assert lines[7].endswith(": loss 4 → 1.333 in 3 steps")
-    assert lines[8:] == ["verified (Adapter, largest difference of a logit 1.5e-06)", f"report.json: {folder}/report.json"]
+    assert lines[4:9] == [
+        "chosen: training.microBatchSize 4",
+        "training",
+        "step 1/6  loss 4  learning rate 0.0001  512 tokens/s  5s left",
+        "step 5/6  loss 0.8  learning rate 0.0001  512 tokens/s  1s left",
+        "step 6/6  loss 0.6667  learning rate 0.0001  512 tokens/s  0s left",
+    ]
+    assert lines[9].startswith("finished in ")
+    assert lines[9].endswith(": loss 4 → 0.6667 in 6 steps")
+    assert lines[10:] == ["verified (Adapter, largest difference of a logit 1.5e-06)", f"report.json: {folder}/report.json"]
 
 
 def test_each_node_has_its_launcher_with_the_environment_of_a_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +171,7 @@ def started(folder: Path, resume: str = "auto", **sections: Any) -> Iterator[Sta
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_nodes_after_a_checkpoint_and_resume_continues(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path, nodes=behaving("stop", count=2)) as run:
-        run.await_line("step 3/6")
+        run.await_line("step 1/6")
         run.process.send_signal(number)
         code, out, err = run.end()
     assert code == 143
@@ -180,7 +186,7 @@ def test_a_signal_stops_all_nodes_after_a_checkpoint_and_resume_continues(tmp_pa
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with started(tmp_path, nodes=behaving("stubborn", count=2)) as run:
-        run.await_line("step 3/6")
+        run.await_line("step 1/6")
         await_file(only_run(tmp_path) / "environment-1.json")  # node 1 listens for signals from here on
         run.process.send_signal(signal.SIGINT)
         run.await_line("stopping after a checkpoint")
@@ -196,11 +202,11 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 
 def test_never_starts_anew(tmp_path: Path) -> None:
     with started(tmp_path, nodes=behaving("stop")) as run:
-        run.await_line("step 3/6")
+        run.await_line("step 1/6")
         run.process.send_signal(signal.SIGTERM)
         run.end()
     with started(tmp_path, "never", nodes=behaving("stop")) as again:
-        again.await_line("step 3/6")
+        again.await_line("step 1/6")
         again.process.send_signal(signal.SIGTERM)
         again.end()
     assert len(list((tmp_path / "runs" / "default" / "tiny").iterdir())) == 2
@@ -208,7 +214,7 @@ def test_never_starts_anew(tmp_path: Path) -> None:
 
 def test_launchers_are_asked_to_end_when_finetune_run_is_killed(tmp_path: Path) -> None:
     with started(tmp_path, nodes=behaving("stop")) as run:
-        run.await_line("step 3/6")
+        run.await_line("step 1/6")
         run.process.kill()
         run.process.wait()
     await_file(only_run(tmp_path) / "checkpoints" / "step-3")

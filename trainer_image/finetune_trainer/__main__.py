@@ -32,6 +32,7 @@ from finetune_trainer.contract import (
     DataError,
     EngineError,
     FailureReport,
+    OutOfMemoryError,
     Reason,
     RunConfig,
     Verification,
@@ -162,30 +163,43 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
     report.resolved(resolution.chosen)
     report.rows(rows.counts)
 
-    ranks = parallel.initialize(config.parallelism, config.training.seed)
-    chunks = together(lambda: model.build(family, hf.config, config, ranks))
-    together(lambda: convert.import_base(chunks, family, hf, ranks))
-    report.heartbeat()
-    together(lambda: lora.attach(chunks, config.tuning, config.training.seed))
-    trainer = train.prepare(chunks, family, hf.config, config, ranks, total_steps)
-
-    checkpoints = checkpoint.Checkpoints(config, identity, {"rows": rows.digest, "model": model_digest(hf)}, trainer.state, report)
-    beginning = checkpoints.resume(total_steps)
-    needed = checkpoint_files.needed_bytes(config, *training_state.count_bytes(trainer.state), model_bytes(hf, config), total_steps - beginning.step)
-    artifacts = prepare_output(config, total_steps, needed)
-    with stop.waits():
-        train.fit(trainer, rows, config, ranks, report, checkpoints, beginning, lambda: stop.requested)
-
-    checkpoints.refuse_newer_attempt()
-    report.stage("exporting")
-    for kind, folder in artifacts:
-        export(kind, folder, chunks, family, hf, config, ranks, total_steps)
+    longest = max(map(len, rows.rows))
+    with explain_out_of_memory(lambda: resolve.describe_shortage(config, memory.read_facts(hf.config), machine, longest)):
+        ranks = parallel.initialize(config.parallelism, config.training.seed)
+        chunks = together(lambda: model.build(family, hf.config, config, ranks))
+        together(lambda: convert.import_base(chunks, family, hf, ranks))
         report.heartbeat()
-    report.stage("verifying")
-    verification = verify.check(chunks, family, hf, config, ranks, rows.rows, artifacts)
-    peaks = from_every(peak_memory_gib())
-    parallel.shut_down()
-    conclude(report, identity, artifacts, verification, peaks)
+        together(lambda: lora.attach(chunks, config.tuning, config.training.seed))
+        trainer = train.prepare(chunks, family, hf.config, config, ranks, total_steps)
+
+        checkpoints = checkpoint.Checkpoints(config, identity, {"rows": rows.digest, "model": model_digest(hf)}, trainer.state, report)
+        beginning = checkpoints.resume(total_steps)
+        needed = checkpoint_files.needed_bytes(config, *training_state.count_bytes(trainer.state), model_bytes(hf, config), total_steps - beginning.step)
+        artifacts = prepare_output(config, total_steps, needed)
+        with stop.waits():
+            train.fit(trainer, rows, config, ranks, report, checkpoints, beginning, lambda: stop.requested)
+
+        checkpoints.refuse_newer_attempt()
+        report.stage("exporting")
+        for kind, folder in artifacts:
+            export(kind, folder, chunks, family, hf, config, ranks, total_steps)
+            report.heartbeat()
+        report.stage("verifying")
+        verification = verify.check(chunks, family, hf, config, ranks, rows.rows, artifacts)
+        peaks = from_every(peak_memory_gib())
+        parallel.shut_down()
+        conclude(report, identity, artifacts, verification, peaks)
+
+
+@contextmanager
+def explain_out_of_memory(describe_shortage: Callable[[], str]) -> Iterator[None]:
+    """Turn the allocator's error into one that says what was estimated and what would need less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"out of memory: {_one_line(error)}; {describe_shortage()}") from error
 
 
 def agree(own: RunConfig, everyone: Sequence[tuple[Mapping[str, Any], str]]) -> RunConfig:
@@ -305,7 +319,7 @@ def classify(error: BaseException) -> tuple[Reason, str]:
     """Reason and sentence of an exception."""
     if isinstance(error, EngineError):
         return error.reason, str(error)
-    text = " ".join(str(error).split("\n", 1)[0].split())
+    text = _one_line(error)
     if _is_out_of_memory(error):
         return (
             Reason.OUT_OF_MEMORY,
@@ -319,6 +333,10 @@ def classify(error: BaseException) -> tuple[Reason, str]:
             return Reason.HANG, f"a collective did not end within parallelism.ddpTimeout: {text}"
         return Reason.DISTRIBUTED, f"the connection between the ranks broke: {text}"
     return Reason.INTERNAL, f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n", 1)[0].split())
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -49,6 +49,7 @@ from finetune_trainer.training_state import TrainingState
 megatron_cpu.install()
 
 from megatron.core import dist_checkpointing  # noqa: E402  (after the redirection)
+from megatron.core.dist_checkpointing import ShardedObject  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
@@ -255,7 +256,7 @@ def differing_weights(chunks: Sequence[torch.nn.Module], folder: Path) -> list[s
     iteration = folder / f"iter_{int((folder / LATEST).read_text(encoding='utf-8')):07}"
     differing = []
     with _merged(chunks):
-        content = _sharded_weights(chunks)
+        content = {model: _tensors_only(weights) for model, weights in _sharded_weights(chunks).items()}
         trained = {(model, name): each.data for model, weights in content.items() for name, each in weights.items() if isinstance(each.data, torch.Tensor)}
         for model, name in trained:
             content[model][name].data = torch.zeros_like(trained[model, name])  # loading fills these tensors
@@ -270,6 +271,11 @@ def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict[str, A
         model: Any = chunk
         sharded["model" if len(chunks) == 1 else f"model{index}"] = model.sharded_state_dict()
     return sharded
+
+
+def _tensors_only(sharded: dict[str, Any]) -> dict[str, Any]:
+    """Without the modules' extra states: which modules have one depends on the kind of layers, and on transformer-engine's version."""
+    return {name: each for name, each in sharded.items() if not isinstance(each, ShardedObject)}
 
 
 def _describe_files(folder: Path, ranks: Ranks) -> None:

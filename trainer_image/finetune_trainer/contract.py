@@ -13,9 +13,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -51,11 +53,18 @@ class Contract(BaseModel):
     @classmethod
     def _refuse_unknown_fields(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            known = {name: to_camel(name) for name in cls.model_fields}
-            unknown = [key for key in value if key not in known and key not in known.values()]
+            known = _spellings(cls)
+            unknown = [key for key in value if key not in known]
             if unknown:
-                raise ValueError("; ".join(f"unknown field {key!r}{nearest(str(key), sorted(known.values()))}" for key in unknown))
+                camel = sorted(to_camel(name) for name in cls.model_fields)
+                raise ValueError("; ".join(f"unknown field {key!r}{nearest(str(key), camel)}" for key in unknown))
         return value
+
+
+@cache
+def _spellings(model: type[Contract]) -> frozenset[str]:
+    """Every name that a field may be written by."""
+    return frozenset((*model.model_fields, *map(to_camel, model.model_fields)))
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -278,7 +287,7 @@ class RunContext(Contract):
         "formats", description="Folder names of exports below outputDir: peft, huggingface, megatron; or checkpoint-<step> as Megatron-SWIFT's."
     )
     progress_host: Name = Field("127.0.0.1", description="Address on which rank 0 serves /metrics and /progress.")
-    progress_port: Natural = Field(0, le=65535, description="Its port; 0: a free one, written to the file progress.json in outputDir.")
+    progress_port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="Its port; 0: a free one, written to the file progress.json in outputDir.")
     termination_message_path: str | None = Field(None, max_length=4096, description="File for the summary that Kubernetes reads.")
     grace_seconds: Positive = Field(30, description="Time that ranks have to write a checkpoint after SIGTERM.")
 
@@ -439,23 +448,26 @@ class Preempted(EngineError):
 Stage = Literal["starting", "loading", "training", "saving", "exporting", "verifying", "finished"]
 
 
-class Progress(Contract):
-    """What `/progress` answers, at any time of a run."""
+AVERAGED_STEPS = 20
+"""Steps over which tokens per second and the time left are averaged."""
 
-    stage: Stage = "starting"
-    step: Natural = 0
-    total_steps: Natural = 0
-    steps: str = Field("0/0", description="step/totalSteps, for printing")
-    percent: Natural = Field(0, le=100)
-    loss: float | None = None
-    learning_rate: float | None = None
-    gradient_norm: float | None = None
-    tokens_per_second: float | None = Field(None, description="over all processes, padding not counted")
-    elapsed_seconds: float = 0.0
-    eta_seconds: float | None = None
-    remaining: str | None = Field(None, description="etaSeconds for printing: 31s, 4m10s, 2h05m")
-    last_heartbeat_time: datetime = Field(description="end of the last piece of work, never the time of the answer")
-    resolved: dict[str, Any] = Field({}, description="what was chosen where the spec was silent, by API name")
+RECENT_STEPS = 64
+"""Steps that an answer of `/progress` holds, so that a reader who asks twice a second misses none."""
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds for reading: `31s`, `4m10s`, `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+
+
+def is_logged(step: int, total_steps: int, logging_steps: int) -> bool:
+    """Whether a step has a line in the log: the first, the last, and every ``logging_steps``."""
+    return step % logging_steps == 0 or step in (1, total_steps)
 
 
 class CurvePoint(Contract):
@@ -469,21 +481,62 @@ class CurvePoint(Contract):
     seconds: float
 
 
+class Progress(Contract):
+    """What `/progress` answers, at any time of a run."""
+
+    stage: Stage = "starting"
+    step: Natural = 0
+    total_steps: Natural = 0
+    steps: str = Field("0/0", description="step/totalSteps, for printing")
+    percent: Annotated[int, Field(ge=0, le=100)] = 0
+    loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_second: float | None = Field(None, description="over all processes, padding not counted")
+    elapsed_seconds: float = 0.0
+    eta_seconds: float | None = None
+    remaining: str | None = Field(None, description="etaSeconds for printing: 31s, 4m10s, 2h05m")
+    last_heartbeat_time: datetime = Field(description="end of the last piece of work, never the time of the answer")
+    resolved: dict[str, Any] = Field({}, description="what was chosen where the spec was silent, by API name")
+    recent: list[CurvePoint] = Field([], max_length=RECENT_STEPS, description=f"the newest steps of this attempt, at most {RECENT_STEPS}, the oldest first")
+
+    def at(self, step: int, total_steps: int) -> Progress:
+        """This progress when ``step`` of ``total_steps`` steps are done."""
+        percent = 100 * step // total_steps if total_steps else 0
+        return self.model_copy(update={"step": step, "total_steps": total_steps, "steps": f"{step}/{total_steps}", "percent": percent})
+
+    def after(self, steps: Sequence[CurvePoint]) -> Progress:
+        """This progress when the last of ``steps`` has just been done, with the figures of that step; the ones before it are for averages."""
+        newest, averaged = steps[-1], steps[-AVERAGED_STEPS:]
+        spent = sum(each.seconds for each in averaged)
+        left = (self.total_steps - newest.step) * spent / len(averaged)
+        figures = {
+            "loss": newest.loss,
+            "learning_rate": newest.learning_rate,
+            "gradient_norm": newest.gradient_norm,
+            "tokens_per_second": round(sum(each.tokens for each in averaged) / spent, 1) if spent > 0 else None,
+            "eta_seconds": round(left, 1),
+            "remaining": format_duration(left),
+            "recent": list(steps[-RECENT_STEPS:]),
+        }
+        return self.at(newest.step, self.total_steps).model_copy(update=figures)
+
+
 class Artifact(Contract):
     """One exported result."""
 
-    format: ArtifactFormat
-    path: str
-    sha256: str = Field(description="of the artifact's manifest, which lists the sha256 of every file")
+    format: ArtifactFormat = Field(description="peft, huggingface or megatron.")
+    path: str = Field(max_length=4096, description="Its folder, as the trainer's pods see it.")
+    sha256: str = Field(max_length=64, description="of the artifact's manifest, which lists the sha256 of every file")
 
 
 class Verification(Contract):
     """What was proven about the artifacts."""
 
-    level: VerificationLevel
-    passed: bool
-    max_logit_difference: float | None = None
-    message: str = ""
+    level: VerificationLevel = Field(description="How deep was looked: Files, Adapter or Logits.")
+    passed: bool = Field(description="Whether the artifacts give the trainer's results.")
+    max_logit_difference: float | None = Field(None, description="Largest difference of a logit from the trainer's, over the sampled rows.")
+    message: str = Field("", description="What was compared, and what differs.")
 
 
 class FailureReport(Contract):

@@ -72,6 +72,11 @@ class HFModel:
         self._mapped: dict[str, Any] = {}
         self._streams: dict[str, FileIO] = {}
 
+    def place_of(self, name: str) -> tuple[str, int]:
+        """The file of tensor ``name`` and its first byte there: what sorts tensors in the order of the files."""
+        entry = self.entries[name]
+        return entry.file, entry.offset
+
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
         """The part ``slices`` (one per dimension; absent: all) of tensor ``name``, on the CPU, in the file's data type.
 

@@ -56,6 +56,16 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
 
 
+class SeparateRMSNorm(RMSNorm):
+    """A norm that is a module of its own among transformer-engine's layers too; there it has an extra state, without which a checkpoint of ours could not be loaded on them."""
+
+    def get_extra_state(self) -> None:
+        """Nothing: only fp8 has any."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to keep."""
+
+
 def build(family: Family, hf_config: Mapping[str, Any], config: RunConfig, ranks: Ranks) -> list[GPTModel]:
     """This rank's stage of the model on ``ranks.device``, in the run's type; every parameter holds NaN until ``convert.import_base`` fills it.
 
@@ -240,12 +250,12 @@ def block_spec(architecture: Architecture, transformer: TransformerConfig, ranks
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_layernorm)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_layernorm)
     attention = spec.submodules.self_attention.submodules
-    qk_norm = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if architecture.qk_layernorm else {}
+    qk_norm = {"q_layernorm": SeparateRMSNorm, "k_layernorm": SeparateRMSNorm} if architecture.qk_layernorm else {}
     self_attention = dataclasses.replace(spec.submodules.self_attention, submodules=dataclasses.replace(attention, core_attention=SdpaAttention, **qk_norm))
     layer = dataclasses.replace(
         spec, submodules=dataclasses.replace(spec.submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=self_attention)
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(transformer, pp_rank=ranks.pp.rank), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(transformer, pp_rank=ranks.pp.rank), layer_norm=SeparateRMSNorm)
 
 
 def rotary_frequencies(architecture: Architecture) -> torch.Tensor:

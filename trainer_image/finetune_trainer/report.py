@@ -13,7 +13,6 @@ import socket
 import socketserver
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,14 +26,24 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from pydantic import ValidationError
 
-from finetune_trainer.contract import Artifact, ConfigurationError, CurvePoint, FailureReport, Progress, Reason, RunConfig, RunReport, Stage, Verification
+from finetune_trainer.contract import (
+    Artifact,
+    ConfigurationError,
+    CurvePoint,
+    FailureReport,
+    Progress,
+    Reason,
+    RunConfig,
+    RunReport,
+    Stage,
+    Verification,
+    is_logged,
+)
 
 PROGRESS_FILE = "progress.json"
 REPORT_FILE = "report.json"
 CURVE_FILE = "loss.png"
 PACKAGES = ("mcore-finetune", "torch", "megatron-core", "transformers", "peft", "safetensors", "transformer-engine")
-RECENT_STEPS = 20
-"""Steps over which tokens per second and the time left are averaged."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -45,16 +54,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds for reading: `31s`, `4m10s`, `2h05m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
 
 
 def format_step(point: CurvePoint, progress: Progress) -> str:
@@ -96,7 +95,6 @@ class Report:
         self._rows: dict[str, int] = {}
         self._resumed_from_step = 0
         self._result: dict[str, Any] = {}
-        self._recent: deque[CurvePoint] = deque(maxlen=RECENT_STEPS)
         self._server: _Server | None = None
 
     @property
@@ -178,33 +176,21 @@ class Report:
         """Training starts, or goes on after a checkpoint."""
         self.curve = list(beginning.curve)
         self._resumed_from_step = beginning.step
-        step, total = beginning.step, beginning.total_steps
-        self._update(stage="training", step=step, total_steps=total, steps=f"{step}/{total}", percent=_percent(step, total))
+        self._set(self._progress.at(beginning.step, beginning.total_steps).model_copy(update={"stage": "training"}))
 
     def step(self, point: CurvePoint) -> None:
         """One optimizer step is done."""
         self.curve.append(point)
-        self._recent.append(point)
-        total = self._progress.total_steps
-        spent = sum(each.seconds for each in self._recent)
-        left = (total - point.step) * spent / len(self._recent)
-        self._update(
-            step=point.step,
-            steps=f"{point.step}/{total}",
-            percent=_percent(point.step, total),
-            loss=point.loss,
-            learning_rate=point.learning_rate,
-            gradient_norm=point.gradient_norm,
-            tokens_per_second=round(sum(each.tokens for each in self._recent) / spent, 1) if spent > 0 else None,
-            eta_seconds=round(left, 1),
-            remaining=format_duration(left),
-        )
-        if point.step % self.config.training.logging_steps == 0 or point.step in (1, total):
+        self._set(self._progress.after([*self._progress.recent, point]))
+        if is_logged(point.step, self._progress.total_steps, self.config.training.logging_steps):
             self.say(format_step(point, self._progress))
 
     def _update(self, **changes: Any) -> None:
+        self._set(self._progress.model_copy(update=changes))
+
+    def _set(self, progress: Progress) -> None:
         # One assignment of an immutable object: the server's thread sees the old or the new one.
-        self._progress = self._progress.model_copy(update={**changes, "last_heartbeat_time": datetime.now(UTC)})
+        self._progress = progress.model_copy(update={"last_heartbeat_time": datetime.now(UTC)})
 
     def result(self, artifacts: Sequence[Artifact], verification: Verification, peak_memory_gib: Sequence[float]) -> None:
         """What has come out, proven or not; it stands in the report either way."""
@@ -316,10 +302,6 @@ def draw_curve(curve: Sequence[CurvePoint], title: str, path: Path) -> None:
     partial = path.with_name(f".{path.name}")
     canvas.print_png(str(partial))
     partial.replace(path)
-
-
-def _percent(step: int, total: int) -> int:
-    return 100 * step // total if total else 0
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):

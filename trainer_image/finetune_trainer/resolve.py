@@ -29,6 +29,7 @@ __all__ = [
     "ModelFacts",
     "Resolution",
     "data_parallel_size",
+    "describe_shortage",
     "estimate_memory",
     "layout_problem",
     "read_facts",
@@ -221,6 +222,31 @@ def _candidates(config: RunConfig, facts: ModelFacts, machine: Machine) -> Itera
         for recompute in _recomputes(layout):
             for micro_batch_size in _micro_batch_sizes(layout, machine):
                 yield _with(layout, "training", micro_batch_size=micro_batch_size, **recompute)
+
+
+def describe_shortage(config: RunConfig, facts: ModelFacts, machine: Machine, row_tokens: int) -> str:
+    """What a resolved run that ran out of memory was to need with rows of ``row_tokens``, what was there, and the estimates of options that need less."""
+    now = estimate_memory(config, facts, machine, row_tokens)
+    needs = [(option, estimate_memory(candidate, facts, machine, tokens)) for option, candidate, tokens in _lighter(config, facts, machine, row_tokens)]
+    ways = [f"{option} ({need:.1f} GiB)" for option, need in needs if need < now]
+    advice = f"less is needed with {', '.join(ways)}" if ways else "no option needs less"
+    return f"with rows of {row_tokens} tokens about {now:.1f} GiB a process were estimated, {machine.memory_gib:.1f} GiB were there; {advice}"
+
+
+def _lighter(config: RunConfig, facts: ModelFacts, machine: Machine, row_tokens: int) -> Iterator[tuple[str, RunConfig, int]]:
+    """Single changes of a resolved run that need less memory: the name of the option, the run, tokens of a row."""
+    training, tensor = config.training, config.parallelism.tensor_model_parallel_size or 1
+    if training.recompute_granularity != "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1, "recompute_modules": None}
+        yield "training.recomputeGranularity full", _with(config, "training", **recompute), row_tokens
+    if (training.micro_batch_size or 1) > 1:
+        yield "training.microBatchSize 1", _with(config, "training", micro_batch_size=1), row_tokens
+    for size in _divisors(_tensor_limit(facts)):
+        wider = _with(config, "parallelism", tensor_model_parallel_size=size)
+        if size > tensor and layout_problem(wider, facts, machine.world_size) is None:
+            yield f"parallelism.tensorModelParallelSize {size}", wider, row_tokens
+            break
+    yield f"data.maxLength {row_tokens // 2}", config, row_tokens // 2
 
 
 def _layouts(config: RunConfig, facts: ModelFacts, world_size: int) -> list[RunConfig]:

@@ -19,6 +19,7 @@ import torch
 
 from finetune_trainer import checkpoint, convert, hf_files, lora, model
 from finetune_trainer.agreement import from_every, from_first
+from finetune_trainer.attention import SdpaAttention
 from finetune_trainer.contract import ArtifactFormat, ConfigurationError, ModelError, RunConfig, Verification
 from finetune_trainer.data import Row
 from finetune_trainer.families import Family
@@ -247,7 +248,10 @@ def first_difference(states: Mapping[str, torch.Tensor], loaded: Loaded, prompt:
 def _to_float32(chunks: Sequence[GPTModel]) -> None:
     for chunk in chunks:
         chunk.float()
-        for module in chunk.modules():
+        for module in list(chunk.modules()):
+            if hasattr(module, "core_attention"):
+                # transformer-engine's flash and fused kernels, one of which the run may have chosen for good, have no float32.
+                module.core_attention = SdpaAttention(module.config, module.layer_number, None, "self")
             if hasattr(module, "config"):
                 module.config.params_dtype = module.config.pipeline_dtype = module.config.autocast_dtype = torch.float32
 

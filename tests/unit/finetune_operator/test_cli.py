@@ -25,14 +25,20 @@ def test_help_imports_nothing_heavy() -> None:
 def test_operator_never_imports_torch() -> None:
     program = "import pkgutil, importlib, sys, finetune_operator\nfor module in pkgutil.iter_modules(finetune_operator.__path__):\n    if module.name != '__main__': importlib.import_module(f'finetune_operator.{module.name}')\nprint(' '.join(sorted({name.split('.')[0] for name in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert not set(done.stdout.split()) & {"torch", "numpy", "transformers", "megatron", "kubernetes", "kopf"}
+    assert not set(done.stdout.split()) & {"torch", "numpy", "transformers", "megatron"}
+
+
+def test_running_a_job_here_needs_no_cluster_client() -> None:
+    program = "import sys; import finetune_operator.local, finetune_operator.render; print(' '.join(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"kubernetes", "kopf", "aiohttp", "torch"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "finetune: the following arguments are required: VERB; see finetune --help"),
-        (["rum"], "finetune: argument VERB: invalid choice: 'rum' (choose from run, plan); did you mean 'run'?; see finetune --help"),
+        (["rum"], "finetune: argument VERB: invalid choice: 'rum' (choose from run, plan, render, status, logs); did you mean 'run'?; see finetune --help"),
         (["run", "--filname", "x.yaml"], "finetune run: unknown flag --filname; did you mean '--filename'?; see finetune run --help"),
         (["run", "--file", "x.yaml"], "finetune run: unknown flag --file; did you mean '--filename'?; see finetune run --help"),
         (["run", "-f", "x.yaml", "--wrok=x"], "finetune run: unknown flag --wrok; did you mean '--work'?; see finetune run --help"),
@@ -51,7 +57,7 @@ def test_wrong_arguments_are_refused_with_the_code_of_bad_input(capsys: pytest.C
 
 def test_bad_file_is_refused_on_standard_error_without_a_traceback(tmp_path: Path) -> None:
     path = write_job(tmp_path, training={"lr": "fast"})
-    done = subprocess.run([sys.executable, "-m", "finetune_operator", "run", "-f", str(path)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-m", "finetune_operator.cli", "run", "-f", str(path)], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 10
     assert done.stdout == ""
     assert done.stderr == f'finetune: {path}:12: spec.training.lr: it must be a valid number (found "fast")\n'

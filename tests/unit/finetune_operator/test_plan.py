@@ -165,3 +165,9 @@ def test_fields_for_a_cluster_are_named_when_they_say_something() -> None:
     )
     assert cluster_only_fields(job) == ["volumes", "model.tokenSecretRef", "nodes.image", "nodes.resources", "nodes.env[1].valueFrom"]
     assert cluster_only_fields(make_job()) == []
+
+
+def test_plan_knows_its_accelerator_and_the_port_of_the_rendezvous() -> None:
+    assert (in_cluster(make_job()).accelerator, in_cluster(make_job()).master_port) == ("nvidia.com/gpu", 29500)
+    assert in_cluster(make_job(nodes={"accelerator": {"resourceName": "amd.com/gpu"}})).accelerator == "amd.com/gpu"
+    assert in_cluster(make_job(nodes={"accelerator": {"type": "CPU"}})).accelerator is None

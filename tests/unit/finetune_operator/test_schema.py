@@ -6,9 +6,20 @@ from typing import Any
 
 import pytest
 
-from finetune_operator import schema
+from bad_specs import BAD_NAMES, BAD_SPECS, BadSpec
+from finetune_operator import cel, names, schema
 from finetune_operator.problems import InvalidJob
+from finetune_operator.schema import RULES, FineTuneJob, Spec
 from jobs import job_value, make_job
+
+WITHIN_ONE_SECTION = {
+    "_probabilities_match",
+    "_rates_are_at_most_the_highest",
+    "_warmup_ends",
+    "_recomputation_is_of_its_kind",
+    "_gathering_has_its_parts",
+    "_accelerators_are_given_once",
+}
 
 
 def problems_of(value: Any) -> list[str]:
@@ -93,6 +104,33 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("sections", "message"), REFUSED, ids=[message.split(":")[0] + f"-{index}" for index, (_, message) in enumerate(REFUSED)])
 def test_wrong_spec_is_refused_with_its_field(sections: dict[str, Any], message: str) -> None:
     assert message in problems_of(job_value(**sections))
+
+
+@pytest.mark.parametrize("bad", BAD_SPECS.values(), ids=BAD_SPECS)
+def test_what_the_api_server_refuses_is_refused_here_with_the_same_field(bad: BadSpec) -> None:
+    assert bad.leaf in "\n".join(problems_of(job_value(**bad.sections)))
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_the_api_server_refuses_are_refused_here(name: str) -> None:
+    value = job_value()
+    value["metadata"]["name"] = name
+    assert names.NAME_RULE in "".join(problems_of(value))
+
+
+def test_every_rule_of_the_api_server_refuses_something() -> None:
+    rules = [rule for model in (Spec, *cel.WITHIN_SECTIONS) if model is not FineTuneJob for rule in cel.of(model)]
+    told = {bad.says for bad in BAD_SPECS.values()}
+    assert [
+        rule.message
+        for rule in rules
+        if "cannot be changed" not in rule.message and "can be changed only" not in rule.message and not any(says in rule.message for says in told)
+    ] == []
+
+
+def test_as_many_rules_cross_sections_here_as_there() -> None:
+    crossing_here = len(RULES) - len(WITHIN_ONE_SECTION)
+    assert crossing_here == len(cel.ACROSS_SECTIONS) - 1, "the two rules over sizes are one function here"
 
 
 def test_a_batch_with_open_sizes_is_the_trainers_to_judge() -> None:

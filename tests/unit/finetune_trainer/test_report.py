@@ -59,6 +59,16 @@ def test_progress_after_a_step_has_figures_and_time_left(report: Report) -> None
     assert progress.tokens_per_second == 100.0
     assert (progress.eta_seconds, progress.remaining) == (8.0, "8s")
     assert progress.gradient_norm == 0.25
+    assert progress.recent == report.curve
+
+
+def test_progress_holds_the_newest_steps_of_this_attempt_only(report: Report) -> None:
+    report.begin(Beginning(2, 100, 2, (point(1), point(2))))
+    for step in range(3, 101):
+        report.step(point(step))
+    progress = Progress.model_validate_json(get(report, "/progress"))
+    assert [each.step for each in progress.recent] == list(range(37, 101))
+    assert len(report.curve) == 100
 
 
 def test_metrics_carry_units_in_their_names_and_the_run_in_their_labels(report: Report) -> None:
@@ -171,11 +181,6 @@ def test_the_report_of_a_failure_names_it_and_keeps_the_curve(tmp_path: Path) ->
     assert (found.succeeded, found.failure.reason, len(found.curve)) == (False, Reason.NUMERIC, 1)
     assert json.loads(message.read_text())["failure"]["message"] == "step 2: the loss is nan"
     assert "curve" not in json.loads(message.read_text())
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (31.2, "31s"), (250, "4m10s"), (3599.6, "1h00m"), (7500, "2h05m")])
-def test_durations_are_printed_for_reading(seconds: float, text: str) -> None:
-    assert reports.format_duration(seconds) == text
 
 
 def test_a_written_file_is_never_seen_in_part(tmp_path: Path) -> None:

