@@ -64,20 +64,25 @@ class Cluster:
 
     async def _step(self, job: JobRecord) -> tuple[Decision, bool]:
         """One decision, carried out; whether another one at once would find nothing to do."""
-        observed = await self.observe(job)
-        decision = lifecycle.decide(observed, self.settings)
-        made = decision.create is not None
-        if decision.create is not None:
-            refusal = await self.children.make(job, decision.create, decision.missing)
-            if refusal is not None:
-                made = False
-                decision = lifecycle.decide(replace(observed, refusal=refusal), self.settings)
+        decision, made = await self._decide(job)
+        job.rest()  # its status may wait for its turn until all gangs of a burst are made
         written = await self._write(job, decision.status)
         await self._delete(job, decision.delete)
         for event in decision.events:
             self._tell(job, event, decision.status)
         self.poller.follow(job.key, decision.status.attempt, decision.poll, spoken=decision.status.progress is not None)
         return decision, made or not (written or decision.delete)
+
+    async def _decide(self, job: JobRecord) -> tuple[Decision, bool]:
+        """A decision, and whether its gang was made; where that was refused, the decision about the refusal."""
+        observed = await self.observe(job)
+        decision = lifecycle.decide(observed, self.settings)
+        if decision.create is None:
+            return decision, False
+        refusal = await self.children.make(job, decision.create, decision.missing)
+        if refusal is None:
+            return decision, True
+        return lifecycle.decide(replace(observed, refusal=refusal), self.settings), False
 
     # Observe
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from dataclasses import dataclass, field
 
 from finetune_operator import metrics
@@ -67,7 +68,8 @@ class Queue:
 
     def _start(self, key: Key, entry: _Entry) -> None:
         entry.running = True
-        task = asyncio.create_task(self._work(key, entry))
+        # Context(): kopf's handler, which adds most keys, has a context that holds the whole object for as long as the work lasts
+        task = asyncio.create_task(self._work(key, entry), context=Context())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 

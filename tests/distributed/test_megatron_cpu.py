@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 
@@ -34,6 +35,15 @@ def seen_outside_megatron() -> list[str]:
         except (RuntimeError, AssertionError):
             pass
     return wrong
+
+
+def test_transformer_engine_cannot_be_imported_where_no_gpu_is(gang1: Gang) -> None:
+    assert gang1.run(has_transformer_engine) == [(True, None)]
+
+
+def has_transformer_engine() -> tuple[bool, object]:
+    megatron_cpu.install()
+    return "transformer_engine" in sys.modules and sys.modules["transformer_engine"] is None, importlib.util.find_spec("transformer_engine")
 
 
 def test_megatron_sees_the_cpu_as_its_device(gang1: Gang) -> None:

@@ -126,7 +126,7 @@ def test_every_format_of_an_honest_export_is_the_model(family: str, parallelism:
 
 def test_bfloat16_is_compared_in_its_own_type_and_in_float32(gang1: Gang, rows: Path, tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path / "model", torch_dtype="bfloat16")
-    config = make_config(model, rows, model={"torchDtype": "bfloat16"}, output={"formats": ["peft"]})
+    config = make_config(model, rows, model={"torchDtype": "bfloat16"}, output={"formats": ["peft", "huggingface"]})
     found = gang1.run(export_and_check, config, tmp_path, None)[0]
     assert found.passed, found.message
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -78,9 +79,14 @@ def make(folder: Path, tokenizer: Path) -> None:
     share = -(-len(every) // NUM_FILES)
     files = {f"model-{number + 1:05}-of-{NUM_FILES:05}.safetensors": every[number * share : (number + 1) * share] for number in range(NUM_FILES)}
     with ThreadPoolExecutor() as pool:
-        for file, tensors in files.items():
+        writes = [
             pool.submit(save_file, {name: draw(name, shape, generator) for name, shape in tensors}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, tensors in files.items() for name, _ in tensors}}
+            for file, tensors in files.items()
+        ]
+    for write in writes:
+        write.result()
+    total = sum(2 * math.prod(shape) for _, shape in every)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, tensors in files.items() for name, _ in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

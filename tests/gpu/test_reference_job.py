@@ -27,6 +27,7 @@ from factories import make_rows, make_tokenizer
 from finetune_trainer.contract import RunConfig, RunReport
 from finetune_trainer.data import Row, Rows
 from gang import Gang
+from gpu_runs import forget_attention_backend
 
 HERE = Path(__file__).parent
 STEPS, TOLERANCE = 20, 2e-3
@@ -124,6 +125,7 @@ def repeat(config: RunConfig, rows: list[Row], initial: Path) -> list[dict[str, 
     from finetune_trainer import train as training
     from finetune_trainer.report import Report
 
+    forget_attention_backend()
     report = Report(config, rank=1)
     parallel.open_process_group(config)
     hf = hf_files.open_model(config.model)

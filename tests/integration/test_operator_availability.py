@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from finetune_operator import names
 from kube_api import ApiServer, start_api_server
@@ -52,15 +53,15 @@ def operator_kubeconfig(api: ApiServer) -> Path:
 @pytest.fixture
 def replica(operator_kubeconfig: Path, trainers: Trainers, tmp_path: Path) -> Iterator[Start]:
     """Starts a replica by its name, with settings; it is ended with the test."""
-    contexts: list[Operator] = []
+    started: list[Operator] = []
 
     def start(name: str = "operator-0", **settings: Any) -> Operator:
         made = Operator(tmp_path, operator_kubeconfig, name, progressPort=trainers.port, **settings).start()
-        contexts.append(made)
+        started.append(made)
         return made
 
     yield start
-    for made in contexts:
+    for made in started:
         if made.runs:
             made.terminate()
 
@@ -129,18 +130,16 @@ def test_progress_is_written_once_in_a_while_and_at_the_end(team: Team, replica:
     assert team.status()["progress"]["steps"] == "20/20"
 
 
-def test_standby_waits_ready_without_a_write_and_takes_over_when_the_leader_is_killed(team: Team, replica: Start, audit: Path) -> None:
+def test_standby_waits_ready_without_a_write_and_takes_over_when_the_leader_is_killed(team: Team, replica: Start) -> None:
     leader = replica("operator-a").until_leading()
     team.create("before")
     team.run(team.until_attempt(1, "before"), progress())
-    since = requests_so_far(audit)
     standby = replica("operator-b")
     until_up(team, standby)
     assert [(each.probe("/healthz")[0], each.probe("/readyz")[0]) for each in (leader, standby)] == [(200, 200), (200, 200)]
     assert (leader.metric("finetune_operator_leader"), standby.metric("finetune_operator_leader")) == (1, 0)
     team.until_condition("Initialized", "before")
-    agents = {event["userAgent"] for event in map(json.loads, audit.read_text().splitlines()[since:]) if event["user"]["username"] == OPERATOR}
-    assert standby.writes() == 0, agents
+    assert standby.writes() == 0
     leader.kill()
     team.create("after")
     team.until_attempt(1, "after", START_SECONDS)
@@ -218,6 +217,37 @@ def test_pods_and_jobs_that_went_while_nobody_watched_are_missed(team: Team, rep
     team.until(lambda: again.samples("finetune_jobs") == {(("namespace", team.namespace), ("phase", "Pending")): 1}, "one job is known")
 
 
+def test_job_needs_an_image_where_the_settings_name_none(team: Team, replica: Start) -> None:
+    replica(trainerImage=None).until_leading()
+    team.create("without")
+    team.create("with", nodes={"image": "registry.example/own:1"})
+    message = "spec.nodes.image: it is required, because the operator's settings name no trainer image"
+    assert team.until_condition("InvalidSpec", "without")["message"] == message
+    assert [pod["spec"]["containers"][0]["image"] for pod in team.until_attempt(1, "with")] == ["registry.example/own:1"] * 2
+
+
+def test_work_claim_of_the_settings_serves_jobs_that_name_none(team: Team, replica: Start) -> None:
+    replica(workClaim="shared").until_leading()
+    team.create(volumes={"work": None})
+    for pod in team.until_attempt(1):
+        assert {"name": "work", "persistentVolumeClaim": {"claimName": "shared"}} in pod["spec"]["volumes"]
+
+
+def test_operator_of_some_namespaces_serves_no_other(team: Team, api: ApiServer, trainers: Trainers, replica: Start) -> None:
+    other = Team(api, api.create_namespace(f"{team.namespace}-other"), trainers)
+    other.create()
+    operator = replica(watchNamespaces=[team.namespace]).until_leading()
+    team.create()
+    pods = team.until_attempt(1)
+    team.run(pods, progress())
+    team.until_condition("Initialized")
+    team.end(pods[0], 1)
+    team.until_attempt(2)
+    assert (other.status(), other.names("pods")) == ({}, [])
+    assert {dict(labels)["namespace"] for labels in operator.samples("finetune_jobs")} == {team.namespace}
+    other.remove()
+
+
 def test_a_quiet_minute_makes_no_write(team: Team, replica: Start, audit: Path) -> None:
     """The one test that lets time pass: jobs that wait, that run with a heartbeat, that are suspended and that have ended."""
     operator = replica(progressWriteSeconds=15, resyncSeconds=10).until_leading()
@@ -233,23 +263,24 @@ def test_a_quiet_minute_makes_no_write(team: Team, replica: Start, audit: Path) 
     team.until_condition("Initialized", "running")
     for name, kind in (("succeeded", "Succeeded"), ("failed", "Failed")):
         team.until_condition(kind, name)
-    team.until(lambda: len(team.all("events")) == 4, "the Events are told")
+    jobs = team.names(names.PLURAL)
+    team.until(lambda: sum(len(team.events(name)) for name in jobs) == 4, "Suspended, Started, Succeeded and InvalidSpec are told")
+    team.until(lambda: all_is_of(team, "pods") and all_is_of(team, "services"), "what other tests have left is collected", START_SECONDS)
     since, asked = requests_so_far(audit), operator.metric("finetune_progress_polls_total", result="success")
-    requested = requests(operator, team.api)
+    counted = counted_writes(operator, team.api)
     threading.Event().wait(QUIET_SECONDS)
     assert written(audit, since=since) == {}
-    assert requests(operator, team.api) == requested
+    assert counted_writes(operator, team.api) == counted
     assert operator.metric("finetune_progress_polls_total", result="success") > asked
 
 
-def requests(operator: Operator, api: ApiServer) -> tuple[float, float]:
-    """Writes as the operator counts them, and as the API server does: of what the operator can write, by anybody."""
-    counted = 0.0
-    for line in api.get("/metrics").splitlines():
-        if line.startswith("apiserver_request_total{") and 'dry_run=""' in line:
-            labels, _, value = line.rpartition(" ")
-            if any(f'resource="{kind}"' in labels for kind in ("pods", "services", names.PLURAL, "events")) and any(
-                f'verb="{verb}"' in labels for verb in ("POST", "PUT", "PATCH", "DELETE", "APPLY")
-            ):
-                counted += float(value)
-    return operator.writes(), counted
+def all_is_of(team: Team, plural: str) -> bool:
+    return {item["metadata"]["namespace"] for item in team.api.get(f"/api/v1/{plural}", labelSelector=names.JOB_LABEL)["items"]} == {team.namespace}
+
+
+def counted_writes(operator: Operator, api: ApiServer) -> tuple[float, float]:
+    """Writes as the operator counts them, and as the API server does: by anybody, of what the operator may write."""
+    families = text_string_to_metric_families(api.get("/metrics"))
+    samples = (sample for family in families if family.name == "apiserver_request" for sample in family.samples)
+    kinds, verbs = ("pods", "services", "persistentvolumeclaims", names.PLURAL), ("POST", "PUT", "PATCH", "APPLY", "DELETE")
+    return operator.writes(), sum(sample.value for sample in samples if sample.labels["resource"] in kinds and sample.labels["verb"] in verbs)

@@ -10,7 +10,9 @@ from operator_jobs import ARTIFACT, Team, progress, told_failure, told_success
 from operator_process import Operator
 
 TEMPLATE = {"claimName": None, "volumeClaimTemplate": {"spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}}}
-TRAINING = progress("training", 5, loss=1.23456, learning_rate=8e-5, tokens_per_second=5512.34, eta_seconds=31.0, remaining="31s", resolved={"training.lr": 1e-4})
+TRAINING = progress(
+    "training", 5, loss=1.23456, learning_rate=8e-5, tokens_per_second=5512.34, eta_seconds=31.0, remaining="31s", resolved={"training.lr": 1e-4}
+)
 
 
 def printed(team: Team, *arguments: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,12 @@ class Operator:
 
     def is_up(self) -> bool:
         try:
-            return self.probe("/healthz")[0] == requests.codes.ok
+            return self.probe("/healthz")[0] == HTTPStatus.OK
         except requests.ConnectionError:
             return False
 
     def leads(self) -> bool:
-        return self.is_up() and self.metric("finetune_operator_leader") == 1 and self.probe("/readyz")[0] == requests.codes.ok
+        return self.is_up() and self.metric("finetune_operator_leader") == 1 and self.probe("/readyz")[0] == HTTPStatus.OK
 
     def until_leading(self) -> Operator:
         """Wait until it acts and has begun to watch."""
@@ -162,7 +163,7 @@ def running_trainers() -> Iterator[Trainers]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             answer = trainers.answers.get(self.connection.getsockname()[0], "") if self.path == "/progress" else ""
-            self.send_response(requests.codes.ok if answer else requests.codes.unavailable)
+            self.send_response(HTTPStatus.OK if answer else HTTPStatus.SERVICE_UNAVAILABLE)
             self.send_header("Content-Length", str(len(answer.encode())))
             self.end_headers()
             self.wfile.write(answer.encode())
@@ -170,7 +171,11 @@ def running_trainers() -> Iterator[Trainers]:
         def log_message(self, format: str, *args: Any) -> None:
             """Silent."""
 
-    server = ThreadingHTTPServer(("0.0.0.0", trainers.port), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Silent: an operator that was killed while it asked takes no answer."""
+
+    server = Server(("0.0.0.0", trainers.port), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

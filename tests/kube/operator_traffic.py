@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import json
 import random
+import socket
+import ssl
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
-
-import requests
 
 from finetune_operator import names
 from finetune_trainer.contract import Reason
@@ -58,24 +59,27 @@ class PodHistory:
         self.mixed: list[str] = []
         """Pods that were made while a pod of another gang of their job was there."""
         self._alive: dict[str, set[tuple[int, int]]] = {}
-        self._stream = self._open(team)
-        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._connection = self._connect(team)
+        self._thread = threading.Thread(target=self._follow, args=(self._connection.getresponse(),), daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """The API server ends the watch when its connection goes."""
-        self._stream.close()
+        """End the watch, by its connection: the API server would keep it for an hour."""
+        self._connection.sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._connection.close()
 
-    def _open(self, team: Team) -> requests.Response:
+    def _connect(self, team: Team) -> http.client.HTTPSConnection:
         authority = team.api.authority
-        session = requests.Session()
-        session.trust_env = False
-        session.cert, session.verify = (str(authority.folder / "admin.crt"), str(authority.key("admin"))), str(authority.certificate)
+        context = ssl.create_default_context(cafile=authority.certificate)
+        context.load_cert_chain(authority.folder / "admin.crt", authority.key("admin"))
         version = team.api.get(team.path("pods"))["metadata"]["resourceVersion"]
-        return session.get(f"{team.api.server}{team.path('pods')}", params={"watch": "1", "resourceVersion": version, "timeoutSeconds": "3600"}, stream=True)
+        connection = http.client.HTTPSConnection(team.api.server.removeprefix("https://"), context=context)
+        connection.request("GET", f"{team.path('pods')}?watch=1&timeoutSeconds=3600&resourceVersion={version}")
+        return connection
 
-    def _follow(self) -> None:
-        for line in self._stream.iter_lines(chunk_size=None):
+    def _follow(self, stream: http.client.HTTPResponse) -> None:
+        for line in stream:
             event = json.loads(line)
             self._note(event["type"], event["object"]["metadata"])
             self.count += 1

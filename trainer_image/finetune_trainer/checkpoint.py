@@ -243,7 +243,7 @@ def save_model(chunks: Sequence[torch.nn.Module], ranks: Ranks, folder: Path, st
     iteration = partial / f"iter_{step:07}"
     from_first(functools.partial(make_empty, iteration, partial))
     _collect_results_in(asynchronous=False)
-    with _merged(chunks):
+    with merged(chunks):
         content = {**_sharded_weights(chunks), "iteration": step, "checkpoint_version": 3.0}
         dist_checkpointing.save(content, str(iteration), _strategy())
     from_first(lambda: write_atomically(partial / LATEST, str(step).encode()))
@@ -255,7 +255,7 @@ def differing_weights(chunks: Sequence[torch.nn.Module], folder: Path) -> list[s
     """Read a folder of ``save_model`` back: names of this rank's parameters, as this stage calls them, that are not bitwise there. Collective."""
     iteration = folder / f"iter_{int((folder / LATEST).read_text(encoding='utf-8')):07}"
     differing = []
-    with _merged(chunks):
+    with merged(chunks):
         content = {model: _tensors_only(weights) for model, weights in _sharded_weights(chunks).items()}
         trained = {(model, name): each.data for model, weights in content.items() for name, each in weights.items() if isinstance(each.data, torch.Tensor)}
         for model, name in trained:
@@ -288,7 +288,7 @@ def _describe_files(folder: Path, ranks: Ranks) -> None:
 
 
 @contextmanager
-def _merged(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def merged(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """The model without its adapters, their product in the weights, while the context lasts."""
     undo: list[Callable[[], None]] = []
     for chunk in chunks:
@@ -306,10 +306,12 @@ def _merge(parent: torch.nn.Module, name: str, layer: Any) -> Callable[[], None]
     """Put a layer with the merged weight in the place of one with an adapter; what is returned puts the adapter back."""
     base, weight = layer.base, layer.base.weight.data
     base.weight.data = merged_weight(layer)
+    layer.ask_for_normed(False)
     setattr(parent, name, base)
 
     def put_back() -> None:
         base.weight.data = weight
+        layer.ask_for_normed(True)
         setattr(parent, name, layer)
 
     return put_back

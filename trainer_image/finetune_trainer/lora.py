@@ -77,10 +77,7 @@ class LoraLinear(torch.nn.Module):
         self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
         linear: Any = base
         self.sequence_parallel = bool(linear.config.sequence_parallel) and self.tp_size > 1
-        if hasattr(linear, "return_layernorm_output"):
-            # transformer-engine's layer that begins with the norm: A must see what its matrix product sees.
-            linear.return_layernorm_output = True
-            linear.return_layernorm_output_gathered = False
+        self.ask_for_normed(True)
         is_column = self.parallel_mode == "column"
         lora_a, lora_b = _initial_factors(linear.weight, tuning.lora_rank, self.parallel_mode, seed, name)
         self.lora_A = Factor(lora_a, cut=None if is_column else 1, summed=is_column and self.sequence_parallel)
@@ -91,6 +88,13 @@ class LoraLinear(torch.nn.Module):
         output, bias, hidden = self._forward_base(hidden)
         low = self._communicate(self.lora_A(self._drop_out(hidden)) * self.scale)  # [sequence, batch, rank]
         return self.lora_B(low, onto=output), bias
+
+    def ask_for_normed(self, wanted: bool) -> None:
+        """Have the base return, beside its output, what its matrix product saw: transformer-engine's layer may begin with the norm, and A must see the same."""
+        linear: Any = self.base
+        if hasattr(linear, "return_layernorm_output"):
+            linear.return_layernorm_output = wanted
+            linear.return_layernorm_output_gathered = False
 
     def _forward_base(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Output, bias to add and what the base's matrix product saw: the input, behind the norm where the layer begins with one."""

@@ -52,6 +52,7 @@ def install() -> None:
     """
     if not torch.cuda.is_available():
         _leave_functions_uncompiled()
+        _hide_transformer_engine()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one line for each of transformer-engine and Apex that is missing, per module
         for name in MODULES:
@@ -82,6 +83,16 @@ def _leave_functions_uncompiled() -> None:
 
     vars(plain).update(jit_fuser=jit_fuser, noop_decorator=jit_fuser, enable_jit_fuser=lambda: None, disable_jit_fuser=lambda: None)
     sys.modules["megatron.core.jit"] = plain
+
+
+def _hide_transformer_engine() -> None:
+    """Where transformer-engine is installed but no GPU is there, Megatron-core takes its optimizer and its kernels, which begin with a call of CUDA.
+
+    optimizer/__init__.py 10-30, optimizer/optimizer.py 18-37, optimizer/clip_grads.py 14-40 and extensions/transformer_engine.py 20-60 ask
+    only whether it can be imported. Remove when they ask for a GPU too.
+    """
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    modules.setdefault("transformer_engine", None)
 
 
 def _recompute_norms_without_fp8() -> None:

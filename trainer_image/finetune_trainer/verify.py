@@ -104,8 +104,7 @@ def check(chunks: Sequence[GPTModel], family: Family, hf: HFModel, config: RunCo
     comparisons = [_compare_with(chunks, ranks, hf, kind, folder, prompts) for kind, folder in loadable]
     if level == "Logits":
         if config.model.torch_dtype != "float32":
-            _to_float32(chunks)
-            comparisons += [_compare_with(chunks, ranks, hf, kind, folder, prompts) for kind, folder in loadable]
+            comparisons += _compare_in_float32(chunks, ranks, hf, loadable, prompts)
         if config.tuning.tuner_type == "lora":
             with _without_adapters(chunks):
                 comparisons.append(_compare_with(chunks, ranks, hf, "huggingface", hf.folder, prompts))
@@ -158,6 +157,19 @@ def _compare_with(chunks: Sequence[GPTModel], ranks: Ranks, hf: HFModel, kind: A
     dtype = next(iter(chunks[0].parameters())).dtype
     trained = Trained(prompts, model.logits(chunks, prompts, ranks), model.hidden_states(chunks, prompts[:1], ranks), dtype)
     return from_first(lambda: _find_difference(trained, hf, kind, folder, choose_device(hf, dtype, ranks.device)))
+
+
+def _compare_in_float32(chunks: Sequence[GPTModel], ranks: Ranks, hf: HFModel, artifacts: Artifacts, prompts: list[list[int]]) -> list[tuple[float, str]]:
+    """Compare as the files are: merged weights were rounded to the type of the run when they were written, so here they are too. Collective.
+
+    Leaves the model in float32.
+    """
+    found = []
+    with checkpoint.merged(chunks):
+        _to_float32(chunks)
+        found += [_compare_with(chunks, ranks, hf, kind, folder, prompts) for kind, folder in artifacts if kind == "huggingface"]
+    _to_float32(chunks)
+    return found + [_compare_with(chunks, ranks, hf, kind, folder, prompts) for kind, folder in artifacts if kind == "peft"]
 
 
 def _find_difference(trained: Trained, hf: HFModel, kind: ArtifactFormat, folder: Path, device: torch.device) -> tuple[float, str]:

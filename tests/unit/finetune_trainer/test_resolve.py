@@ -36,6 +36,7 @@ QWEN25_7B = {
     "dtype": "bfloat16",
 }
 TWO_CPUS = Machine("cpu", 2, 100.0)
+ONE_BY_ONE = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
 
 
 def make_config(**sections: dict[str, Any]) -> RunConfig:
@@ -175,7 +176,7 @@ def test_nothing_fits_is_a_note_not_a_refusal() -> None:
 
 def test_running_out_of_memory_is_explained_with_options_that_need_less() -> None:
     machine = Machine("cuda", 2, 79.0)
-    config = run(machine, QWEN25_7B, training={"micro_batch_size": 8, "recompute_granularity": "none"}, parallelism={"tensor_model_parallel_size": 1}).config
+    config = run(machine, QWEN25_7B, training={"micro_batch_size": 8, "recompute_granularity": "none"}, parallelism=ONE_BY_ONE).config
     text = describe_shortage(config, read_facts(QWEN25_7B), machine, 4096)
     assert re.match(r"with rows of 4096 tokens about \d+\.\d GiB a process were estimated, 79\.0 GiB were there; less is needed with ", text)
     needs = dict(re.findall(r"([a-zA-Z.]+ (?:full|\d+)) \((\d+\.\d) GiB\)", text))
