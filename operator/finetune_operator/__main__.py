@@ -13,6 +13,7 @@ from kubernetes.aio import client
 from kubernetes.aio.config import ConfigException
 
 from finetune_operator import connection, metrics, probes, settings_load
+from finetune_operator.cluster import NotServed, StartAnew
 from finetune_operator.handlers import Operator
 from finetune_operator.leader import LeadershipLost, Lock, lead
 from finetune_operator.settings import Settings
@@ -33,7 +34,7 @@ def main() -> int:
     except (ConfigurationError, ConfigException) as error:
         logger.error("%s", error)
         return 2
-    except LeadershipLost as error:
+    except (LeadershipLost, NotServed, StartAnew) as error:
         logger.error("%s", error)
         return 1
     return 0
@@ -44,7 +45,7 @@ async def _run(settings: Settings, replica: Replica) -> None:
     async with client.ApiClient(configuration) as api:
         lock = Lock(settings, replica, api)
         operator = Operator(settings, configuration)
-        metrics.JobCollector(operator.store.samples, operator.depth, operator.stuck_seconds)
+        metrics.JobCollector(operator.store.samples, operator.depth, lambda: max(operator.stuck_seconds(), operator.longest_seconds()))
         async with probes.serve(settings.http_port, lambda: _stuck(operator), lambda: _unready(lock, operator)):
             await _until_stopped(lock, settings, operator)
 
@@ -61,8 +62,10 @@ async def _until_stopped(lock: Lock, settings: Settings, operator: Operator) -> 
 
 
 def _stuck(operator: Operator) -> str | None:
-    waited = operator.stuck_seconds()
-    return f"a job has waited {waited:.0f} s for a decision" if waited > probes.STUCK_SECONDS else None
+    waited, worked = operator.stuck_seconds(), operator.longest_seconds()
+    if waited > probes.WAITING_SECONDS:
+        return f"a job has waited {waited:.0f} s for a decision"
+    return f"a job has been decided about for {worked:.0f} s" if worked > probes.WORKING_SECONDS else None
 
 
 def _unready(lock: Lock, operator: Operator) -> str | None:

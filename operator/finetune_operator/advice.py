@@ -82,6 +82,14 @@ ADVICE: dict[str, Advice] = {
         "The API server does not let the operator make the job's Service, claim or pods: quota, admission, missing rights",
         "Do what the message says; the operator tries again by itself",
     ),
+    ConditionReason.RETRYING: Advice(
+        "The operator has failed several times in a row to act on the job: the API server refuses or does not answer, or the operator has a defect",
+        "Do what the message says; where it says nothing, look into the operator's log; it tries again by itself",
+    ),
+    ConditionReason.UNANSWERED: Advice(
+        "The pods run, but rank 0 does not answer the operator, so that nothing is known of its progress; the training itself may go on",
+        "Let the operator's pods reach the trainer's port (settings.progressPort, 8080) through NetworkPolicies; see `finetune logs NAME` for what the trainer does",
+    ),
     ConditionReason.NOT_FINITE: Advice(
         "A number of the progress is not finite and left out of status, for JSON has no such number",
         "Watch the loss; the job fails with Numeric when it does not recover",

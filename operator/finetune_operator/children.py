@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from finetune_operator import manifests, names
-from finetune_operator.connection import METADATA_ONLY, Answer, ApiError, Connection, Priority, Turns
+from finetune_operator.connection import METADATA_ONLY, Answer, ApiError, Connection, Order, Priority, Turns
 from finetune_operator.observed import Refusal
 from finetune_operator.plan import Identity, Plan, cluster_place, make_plan
 from finetune_operator.pods import read_pod
@@ -17,6 +18,10 @@ from finetune_operator.settings import Settings
 from finetune_operator.store import JobRecord, Store
 
 COLLECTIONS = {"Service": "services", "Pod": "pods", "PersistentVolumeClaim": "persistentvolumeclaims"}
+ADMISSION_WORDS = ("denied the request", "denied request")
+"""Of webhooks; of ValidatingAdmissionPolicies."""
+DECODING_WORDS = ("cannot be handled as a", "strict decoding error", "cannot unmarshal")
+"""Of an API server that cannot read what it was sent."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,22 @@ class Children:
         return None
 
     async def _make_pods(self, job: JobRecord, pods: list[dict[str, Any]]) -> Refusal | None:
-        refusals = await asyncio.gather(*(self._make(job, pod) for pod in pods))
-        return next((refusal for refusal in refusals if refusal is not None), None)
+        """All pods, several at a time; none any more after the first that is refused."""
+        waiting, refusals = deque(pods), list[Refusal]()
+
+        async def make_some() -> None:
+            while waiting:
+                try:
+                    refusal = await self._make(job, waiting.popleft())
+                except BaseException:
+                    waiting.clear()
+                    raise
+                if refusal is not None:
+                    refusals.append(refusal)
+                    waiting.clear()
+
+        await asyncio.gather(*(make_some() for _ in range(min(len(pods), self.connection.in_flight))))
+        return refusals[0] if refusals else None
 
     async def _make(self, job: JobRecord, child: dict[str, Any]) -> Refusal | None:
         answer = await self._post(job, child)
@@ -95,7 +114,7 @@ class Children:
         return f"{collection}/{child['metadata']['name']}" if named else collection
 
 
-def _order(job: JobRecord) -> tuple[Priority, int]:
+def _order(job: JobRecord) -> Order:
     return Priority.CHILDREN, job.age
 
 
@@ -115,10 +134,23 @@ def judge_holder(job: JobRecord, child: dict[str, Any], metadata: dict[str, Any]
 
 
 def _refusal(child: dict[str, Any], answer: Answer) -> Refusal:
-    """Why the API server did not take a child; raises ApiError for what is not about the child."""
+    """Why the API server did not take a child; raises ApiError for what is not about the child.
+
+    Invalid is what the API server itself cannot read, or calls invalid field by field. What admission says, in whatever words and with whatever
+    code, may be otherwise tomorrow.
+    """
     what = f"{child['kind']} {child['metadata']['name']}"
-    if answer.status in (400, 422):
+    if answer.status in (400, 422) and is_invalid(answer):
         return Refusal("InvalidSpec", f"the API server refuses {what}: {answer.message}")
-    if answer.status in (403, 404):
+    if answer.status in (400, 403, 404, 422):
         return Refusal("CreationRefused", f"{what} cannot be made: {answer.message}")
     raise ApiError("POST", what, answer)
+
+
+def is_invalid(answer: Answer) -> bool:
+    """Whether an object was refused for what it is, not for what somebody's policy is."""
+    if any(words in answer.message for words in ADMISSION_WORDS):
+        return False
+    if answer.status == 422:
+        return bool((answer.body.get("details") or {}).get("causes"))
+    return any(words in answer.message for words in DECODING_WORDS)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 
-from finetune_operator import lifecycle, metrics, names
+import aiohttp
+
+from finetune_operator import conditions, lifecycle, metrics, names
 from finetune_operator.children import Children
 from finetune_operator.connection import MERGE_PATCH, METADATA_LIST, METADATA_ONLY, ApiError, Connection, Priority
 from finetune_operator.lifecycle import Decision, Deletion, Event
-from finetune_operator.observed import Node, Observed, Pod
+from finetune_operator.observed import Node, Observed, Pod, Refusal
 from finetune_operator.pods import read_pod, read_time
 from finetune_operator.polling import Poller
 from finetune_operator.problems import InvalidJob
@@ -28,10 +32,37 @@ OVERDUE = timedelta(seconds=5)
 """A pod that is still there so long after its grace period: its node is looked at."""
 LIST_CHUNK = "100"
 OUR_PODS = {"labelSelector": names.JOB_LABEL}
+JOBS, PODS = (f"/apis/{names.API_VERSION}", names.PLURAL), ("/api/v1", "pods")
+NOT_SERVABLE = (403, 404)
+"""Answers to a list by which a namespace cannot be served: no rights; or nothing of that kind."""
+OTHER_UID = "Precondition failed: UID"
+"""The API server's words for a deletion of a pod that is another of the same name."""
+
+logger = logging.getLogger(__name__)
+
+
+class StartAnew(Exception):
+    """What kopf found at its start is no longer so: this process must end, and the next one will find what is."""
+
+
+class NotServed(Exception):
+    """The API server does not know FineTuneJobs."""
 
 
 class Conflict(ApiError):
     """The job has changed since it was observed: it is observed again."""
+
+
+@dataclass
+class Listing:
+    """What several lists have found, and the oldest resource version that this is true at."""
+
+    uids: set[str] = field(default_factory=set)
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def since(self) -> int:
+        return min(self.versions, default=0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +84,7 @@ class Cluster:
         again: float | None = 0.0
         for _ in range(MOST_ROUNDS):
             job = self.store.jobs.get(key)
-            if job is None or job.deleted:
+            if job is None or job.deleted or job.held:
                 self.poller.leave(key)
                 return None
             decision, settled = await self._step(job)
@@ -66,7 +97,7 @@ class Cluster:
         """One decision, carried out; whether another one at once would find nothing to do."""
         decision, made = await self._decide(job)
         job.rest()  # its status may wait for its turn until all gangs of a burst are made
-        written = await self._write(job, decision.status)
+        written = await self._write(job, decision.status, _urgency(job, decision))
         await self._delete(job, decision.delete)
         for event in decision.events:
             self._tell(job, event, decision.status)
@@ -79,10 +110,23 @@ class Cluster:
         decision = lifecycle.decide(observed, self.settings)
         if decision.create is None:
             return decision, False
-        refusal = await self.children.make(job, decision.create, decision.missing)
+        refusal = self._leftover(job) or await self.children.make(job, decision.create, decision.missing)
         if refusal is None:
             return decision, True
         return lifecycle.decide(replace(observed, refusal=refusal), self.settings), False
+
+    def _leftover(self, job: JobRecord) -> Refusal | None:
+        """A pod of an earlier job of this name, whatever its gang's number: it computes, and writes, as one of this job would."""
+        pod = self.store.pod_of_another(job)
+        return None if pod is None else Refusal("Leftover", f"Pod {pod} of an earlier job of this name is still there")
+
+    async def complain(self, key: Key, error: Exception) -> None:
+        """Say on a job that deciding about it fails again and again, because a log is not where its user looks."""
+        job = self.store.jobs.get(key)
+        if job is None or job.deleted or job.held or job.status.completion_time is not None:
+            return
+        words = str(error) if isinstance(error, ApiError | aiohttp.ClientError) else ""  # of a defect nothing but its kind: its words may hold anything
+        await self._write(job, conditions.retrying(job.status, words or type(error).__name__, datetime.now(UTC)), Priority.STATUS)
 
     # Observe
 
@@ -99,18 +143,24 @@ class Cluster:
             status=job.status,
             pods=pods,
             nodes=await self._look_at(sorted(_suspects(pods, now)), job),
+            heartbeat_seen=self.poller.heartbeat_seen(job.key, job.status.attempt),
             progress=self.poller.progress(job.key, job.status.attempt),
             progress_due=self.poller.is_due(job.key),
             asked_since=self.poller.asked_since(job.key, job.status.attempt),
         )
 
     async def _look_at(self, nodes: Iterable[str], job: JobRecord) -> tuple[Node, ...]:
-        return tuple(await asyncio.gather(*(self._look(node, job) for node in nodes)))
+        found = await asyncio.gather(*(self._look(node, job) for node in nodes))
+        return tuple(node for node in found if node is not None)
 
-    async def _look(self, name: str, job: JobRecord) -> Node:
+    async def _look(self, name: str, job: JobRecord) -> Node | None:
+        """A node; None where the operator may not see it: nothing is known of it then."""
         answer = await self.connection.send("GET", f"/api/v1/nodes/{name}", order=(Priority.CHILDREN, job.age))
         if answer.status == 404:
             return Node(name, exists=False)
+        if answer.status == 403:
+            _warn_of_nodes()
+            return None
         if not answer.ok:
             raise ApiError("GET", f"nodes/{name}", answer)
         ready: dict[str, str] = next((found for found in answer.body["status"].get("conditions", ()) if found["type"] == "Ready"), {})
@@ -118,16 +168,14 @@ class Cluster:
 
     # Carry out
 
-    async def _write(self, job: JobRecord, status: Status) -> bool:
+    async def _write(self, job: JobRecord, status: Status, urgency: Priority) -> bool:
         """Write what has changed of the status, only if the job is still the one that was observed. Raises Conflict where it is not."""
         if status == job.status:
             return False
         patch = {"metadata": {"resourceVersion": str(job.resource_version)}, "status": merge_patch(dump_status(job.status), dump_status(status))}
         path = f"/apis/{names.API_VERSION}/namespaces/{job.key[0]}/{names.PLURAL}/{job.key[1]}/status"
         params = {"fieldManager": names.OPERATOR}
-        answer = await self.connection.send(
-            "PATCH", path, patch, order=(Priority.STATUS, job.age), accept=METADATA_ONLY, content_type=MERGE_PATCH, params=params
-        )
+        answer = await self.connection.send("PATCH", path, patch, order=(urgency, job.age), accept=METADATA_ONLY, content_type=MERGE_PATCH, params=params)
         if answer.status == 404:
             self.store.remove_job(job.key, job.uid)
             return True
@@ -149,7 +197,7 @@ class Cluster:
         body = {"preconditions": {"uid": deletion.uid}, **({"gracePeriodSeconds": 0} if deletion.force else {})}
         path = f"/api/v1/namespaces/{job.key[0]}/pods/{deletion.name}"
         answer = await self.connection.send("DELETE", path, body, order=(Priority.CHILDREN, job.age))
-        if answer.status in (404, 409):
+        if answer.status == 404 or (answer.status == 409 and OTHER_UID in answer.message):
             self.store.remove_pod(job.key, deletion.name, deletion.uid)
         elif not answer.ok:
             raise ApiError("DELETE", path, answer)
@@ -163,41 +211,77 @@ class Cluster:
 
     # Compare with what there is
 
-    async def resync(self) -> list[Key]:
-        """Forget jobs and pods that went while no watch was there to tell; the keys that this concerns."""
-        jobs = await self._list(f"/apis/{names.API_VERSION}", names.PLURAL, {})
-        pods = await self._list("/api/v1", "pods", OUR_PODS)
-        return [*self.store.keep_jobs(*jobs), *self.store.keep_pods(*pods)]
+    async def resync(self, places: Iterable[str]) -> list[Key]:
+        """Forget jobs and pods that went while no watch was there to tell; the keys that this concerns.
 
-    async def recall(self) -> None:
-        """Take in every pod, before anything is decided: watches tell a job before its pods, which would then read as deleted."""
-        for path in self._paths("/api/v1", "pods"):
-            async for page in self._pages(path, OUR_PODS, accept="application/json"):
-                for raw in page["items"] or ():
-                    record = read_pod(raw)
-                    if record is not None:
-                        self.store.put_pod(record)
+        Raises NotServed where FineTuneJobs are no longer known, ApiError, aiohttp.ClientError, TimeoutError.
+        """
+        jobs, pods, unlisted = Listing(), Listing(), set[str]()
+        for place in places:
+            try:
+                await self._list(jobs, JOBS, place, {})
+                await self._list(pods, PODS, place, OUR_PODS)
+            except ApiError as error:
+                if error.status == 404:
+                    await self.check_served()
+                if not place or error.status not in NOT_SERVABLE:
+                    raise
+                logger.warning("namespace %s is left out of a comparison: %s", place, error)
+                unlisted.add(place)
+        return [*self.store.keep_jobs(jobs.uids, jobs.since, unlisted), *self.store.keep_pods(pods.uids, pods.since, unlisted)]
 
-    async def _list(self, group: str, plural: str, params: dict[str, str]) -> tuple[set[str], int]:
-        """Uids of what there is, and the resource version that this is true at."""
-        uids: set[str] = set()
-        versions: list[int] = []
-        for path in self._paths(group, plural):
-            async for page in self._pages(path, params, accept=METADATA_LIST):
-                uids.update(item["metadata"]["uid"] for item in page["items"] or ())
-            versions.append(int(page["metadata"]["resourceVersion"]))
-        return uids, min(versions)
+    async def check_served(self) -> None:
+        """Whether kopf will find FineTuneJobs where it looks for them, once, at its start; raises NotServed, ApiError."""
+        groups = await self._get("/apis")
+        if any(group["name"] == names.GROUP for group in groups["groups"]):
+            kinds = await self._get(JOBS[0], missing={"resources": []})
+            if any(kind["name"] == names.PLURAL for kind in kinds["resources"]):
+                return
+        raise NotServed(f"the API server does not know {names.PLURAL}.{names.GROUP}: apply the CustomResourceDefinition")
 
-    def _paths(self, group: str, plural: str) -> list[str]:
-        """Where a kind is listed: everywhere, or in each namespace that is served."""
-        return [f"{group}/namespaces/{namespace}/{plural}" for namespace in self.settings.watch_namespaces] or [f"{group}/{plural}"]
+    async def recall(self, place: str) -> None:
+        """Take in every pod of a namespace (empty: of all), before anything is decided: watches tell a job before its pods, which would then read as deleted.
+
+        Raises ApiError where it, or the jobs there, cannot be listed.
+        """
+        await self._get(_path(JOBS, place), params={"limit": "1"})
+        async for page in self._pages(_path(PODS, place), OUR_PODS, accept="application/json"):
+            for raw in page["items"] or ():
+                record = read_pod(raw)
+                if record is not None:
+                    self.store.put_pod(record)
+
+    async def may_serve(self, place: str) -> bool:
+        """Whether jobs and pods of a namespace can be listed."""
+        try:
+            for kind in (JOBS, PODS):
+                await self._get(_path(kind, place), params={"limit": "1"})
+        except ApiError as error:
+            if error.status not in NOT_SERVABLE:
+                raise
+            return False
+        return True
+
+    async def _list(self, listing: Listing, kind: tuple[str, str], place: str, params: dict[str, str]) -> None:
+        async for page in self._pages(_path(kind, place), params, accept=METADATA_LIST):
+            listing.uids.update(item["metadata"]["uid"] for item in page["items"] or ())
+        listing.versions.append(int(page["metadata"]["resourceVersion"]))
+
+    async def _get(self, path: str, params: dict[str, str] | None = None, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+        """An object; ``missing`` where there is none. Raises ApiError."""
+        answer = await self.connection.send("GET", path, order=(Priority.EVENTS, ""), params=params)
+        if answer.status == 404 and missing is not None:
+            return missing
+        if not answer.ok:
+            raise ApiError("GET", path, answer)
+        return answer.body
 
     async def _pages(self, path: str, params: dict[str, str], *, accept: str) -> AsyncIterator[dict[str, Any]]:
         """A list, in chunks; raises ApiError."""
         onward = ""
         while True:
             query = {**params, "limit": LIST_CHUNK, "continue": onward}
-            answer = await self.connection.send("GET", path, order=(Priority.EVENTS, 0), accept=accept, params=query)
+            answer = await self.connection.send("GET", path, order=(Priority.EVENTS, ""), accept=accept, params=query)
             if not answer.ok:
                 raise ApiError("GET", path, answer)
             yield answer.body
@@ -209,6 +293,22 @@ class Cluster:
 def _suspects(pods: Iterable[Pod], now: datetime) -> set[str]:
     """Nodes that a decision may depend on."""
     return {pod.node for pod in pods if pod.node and (pod.silent_since or (pod.deletion and pod.deletion + OVERDUE < now))}
+
+
+def _path(kind: tuple[str, str], place: str) -> str:
+    """Where a kind is listed: in a namespace; everywhere, where that is empty."""
+    return f"{kind[0]}/namespaces/{place}/{kind[1]}" if place else "/".join(kind)
+
+
+def _urgency(job: JobRecord, decision: Decision) -> Priority:
+    """The status of a job's first gang waits until all gangs of a burst are made, and what only counts or explains does; an end, a restart, a start do not."""
+    return Priority.STATUS if decision.create == 1 or decision.status.phase == job.status.phase else Priority.CHILDREN
+
+
+@cache
+def _warn_of_nodes() -> None:
+    """Once."""
+    logger.warning("the operator has no right to get nodes: one that is lost is not noticed before its pods are deleted")
 
 
 def _count(job: JobRecord, status: Status) -> None:

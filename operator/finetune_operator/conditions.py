@@ -14,10 +14,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel
 
 from finetune_operator.observed import Pod, Refusal
-from finetune_operator.reported import Result, finish_progress, seconds_of
+from finetune_operator.reported import Result, cut_message, finish_progress, seconds_of
 from finetune_operator.status import Condition, ConditionReason, ConditionType, Failure, OperatorReason, Phase, PodCounts, ReasonCount, Restarts, Status
 
-MESSAGE_LIMIT = 32768
 Model = TypeVar("Model", bound=BaseModel)
 CHECKPOINTING = "the pods of the last gang write a checkpoint and end"
 
@@ -27,9 +26,8 @@ def set_condition(status: Status, kind: ConditionType, value: bool, reason: str,
     word: Literal["True", "False"] = "True" if value else "False"
     old = status.condition(kind)
     since = old.last_transition_time if old is not None and old.status == word else seconds_of(now)
-    text = message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + "…"
     generation = old.observed_generation if old is not None else None
-    new = Condition(type=kind.value, status=word, reason=str(reason), message=text, last_transition_time=since, observed_generation=generation)
+    new = Condition(type=kind.value, status=word, reason=str(reason), message=cut_message(message), last_transition_time=since, observed_generation=generation)
     if old is None:
         return _with(status, conditions=[*status.conditions, new])
     return _with(status, conditions=[new if condition is old else condition for condition in status.conditions])
@@ -83,14 +81,16 @@ def made(status: Status, attempt: int, counts: PodCounts, message: str, now: dat
     return starting(drop(status, ConditionType.STATUS_INCOMPLETE), counts, message, now)
 
 
-def running(status: Status, counts: PodCounts, *, loaded: bool, now: datetime) -> Status:
-    """Every pod's trainer runs, or has ended well while others still run."""
+def running(status: Status, counts: PodCounts, *, loaded: bool, silent: str | None = None, now: datetime) -> Status:
+    """Every pod's trainer runs, or has ended well while others still run; ``silent``: where it was asked for its progress in vain."""
     here = f"{_pods(counts.desired)} run" if counts.desired > 1 else "the pod runs"
     reason = ConditionReason.TRAINING if loaded else ConditionReason.LOADING
     message = here if loaded else f"{here}; model and data are being loaded"
     status = _with(status, phase=Phase.RUNNING if loaded else Phase.INITIALIZING, pods=counts)
     status = set_condition(status, ConditionType.INITIALIZED, loaded, reason, "", now)
     status = set_condition(status, ConditionType.RUNNING, True, ConditionReason.TRAINING, "", now)
+    if silent is not None:
+        return _reconciling(status, ConditionReason.UNANSWERED, f"{here}; rank 0 at {silent} does not answer; is there a NetworkPolicy?", now)
     return _settled(status, True, ConditionReason.TRAINING, message, now)
 
 
@@ -119,6 +119,12 @@ def waiting_for_old_pods(status: Status, message: str, now: datetime) -> Status:
     """The next gang is wanted, but pods of an earlier one, or of an earlier job of this name, are still there."""
     phase = Phase.RESTARTING if status.is_true(ConditionType.RESTARTING) else Phase.PENDING
     return _reconciling(_with(status, phase=phase), ConditionReason.WAITING_FOR_OLD_PODS, message, now)
+
+
+def retrying(status: Status, message: str, now: datetime) -> Status:
+    """The operator cannot do its part for now, whatever that is; all else stands as it was last known."""
+    words = f"the operator fails to act on this job and tries again: {message}"
+    return set_condition(drop(status, ConditionType.STALLED), ConditionType.RECONCILING, True, ConditionReason.RETRYING, words, now)
 
 
 def refused(status: Status, refusal: Refusal, now: datetime) -> Status:

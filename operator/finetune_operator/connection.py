@@ -12,7 +12,7 @@ import heapq
 import itertools
 import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -26,6 +26,10 @@ from kubernetes.aio import client, config
 from finetune_operator import metrics, names
 
 REQUEST_SECONDS = 30.0
+THROTTLED = 429
+MOST_THROTTLED = 3
+"""Times that a request is sent again of which the API server says that it was too many."""
+LONGEST_PAUSE_SECONDS = 30.0
 METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 MERGE_PATCH = "application/merge-patch+json"
@@ -41,8 +45,8 @@ class Priority(IntEnum):
     EVENTS = 2
 
 
-Order = tuple[Priority, int]
-"""Priority, then the age of the job: a smaller number is older."""
+Order = tuple[Priority, str]
+"""Priority, then the age of the job: a smaller text is older."""
 
 
 class ApiError(Exception):
@@ -59,6 +63,8 @@ class Answer:
 
     status: int
     body: dict[str, Any]
+    pause: float = 0.0
+    """Seconds that the API server asks to be left alone (Retry-After)."""
 
     @property
     def ok(self) -> bool:
@@ -164,18 +170,36 @@ class Connection:
         content_type: str = "application/json",
         params: dict[str, str] | None = None,
     ) -> Answer:
-        """One request, when its turn comes. Raises aiohttp.ClientError or TimeoutError; any answer of the API server is returned."""
+        """One request, when its turn comes. Raises aiohttp.ClientError or TimeoutError; any answer of the API server is returned.
+
+        When the API server is asked too much the turn is kept while it wants to be left alone: so there are fewer requests of any kind.
+        """
         async with self.turns.turn(order):
             headers = {"Accept": accept, "Content-Type": content_type}
-            token = await authorization(self.configuration)
-            if token is not None:
-                headers["Authorization"] = token
             data = None if body is None else orjson.dumps(body)
-            with metrics.REQUEST_SECONDS.labels(method).time():
-                async with self.session.request(method, self.configuration.host + path, data=data, headers=headers, params=params) as response:
-                    content = await response.read()
+            answer = await self._ask(method, path, data, headers, params)
+            for _ in range(MOST_THROTTLED):
+                if answer.status != THROTTLED or not answer.pause:
+                    break
+                await asyncio.sleep(min(answer.pause, LONGEST_PAUSE_SECONDS))
+                answer = await self._ask(method, path, data, headers, params)
+        return answer
+
+    async def _ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str], params: dict[str, str] | None) -> Answer:
+        token = await authorization(self.configuration)
+        if token is not None:
+            headers["Authorization"] = token
+        with metrics.REQUEST_SECONDS.labels(method).time():
+            async with self.session.request(method, self.configuration.host + path, data=data, headers=headers, params=params) as response:
+                content = await response.read()
         metrics.REQUESTS.labels(method, str(response.status)).inc()
-        return Answer(response.status, _read(content))
+        return Answer(response.status, _read(content), _pause(response.headers) if response.status == THROTTLED else 0.0)
+
+
+def _pause(headers: Mapping[str, str]) -> float:
+    """Retry-After in seconds; 0 where there is none (a date, which HTTP allows too, is not what Kubernetes sends)."""
+    text = headers.get("Retry-After", "")
+    return float(text) if text.isdecimal() else 0.0
 
 
 def _read(content: bytes) -> dict[str, Any]:

@@ -54,11 +54,11 @@ Numbers have 4 significant digits; one that is not finite is left out and named 
 PHASES = {
     Phase.PENDING: "The pods of the gang are made, or wait for room, images or volumes.",
     Phase.INITIALIZING: "All pods run; they load the model and the data.",
-    Phase.QUEUED: "A queue has not admitted the job yet.",
+    Phase.QUEUED: "Kept for jobs that wait for a queue (Kueue) to admit them; not given yet.",
     Phase.RUNNING: "It trains, exports or verifies: see status.progress.stage.",
     Phase.RESTARTING: "A gang ended before its time, and the next one is on its way.",
     Phase.SUSPENDED: "spec.suspend is true.",
-    Phase.SUCCEEDED: "It has ended, and what it left is proven: see status.artifacts and status.verification.",
+    Phase.SUCCEEDED: "Every pod has ended well: see status.artifacts and status.verification, which are there where the trainer's report could be read.",
     Phase.FAILED: "It has ended, and is not tried again: see status.failure.",
 }
 

@@ -16,7 +16,7 @@ from kubernetes.aio import client
 
 from finetune_operator import connection, metrics, names
 from finetune_operator.children import Children
-from finetune_operator.cluster import Cluster
+from finetune_operator.cluster import NOT_SERVABLE, Cluster, NotServed, StartAnew
 from finetune_operator.connection import ApiError, Connection, Turns
 from finetune_operator.pods import read_pod
 from finetune_operator.polling import Poller
@@ -32,6 +32,9 @@ CREDENTIAL_MINUTES = 5
 LIST_CHUNK = 100
 """A pod takes 25 KiB while it is read."""
 RECALL_RETRY_SECONDS = 1.0
+
+ORDINARY = (ApiError, aiohttp.ClientError, OSError, TimeoutError)
+"""What may go wrong with requests."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +52,39 @@ class Operator:
     queue: Queue | None = None
 
     async def run(self) -> None:
-        """Serve jobs until asked to stop (SIGTERM, SIGINT: kopf's) or cancelled. Raises what kopf raises when it cannot go on."""
+        """Serve jobs until asked to stop (SIGTERM, SIGINT: kopf's) or cancelled.
+
+        Raises StartAnew and NotServed when the next process would see more than this one, and what kopf raises when it cannot go on.
+        """
         async with self._working() as (queue, cluster):
-            await self._recall(cluster)
-            await kopf.operator(
-                registry=self._registry(queue),
-                settings=kopf_settings(),
-                identity=names.OPERATOR,  # type: ignore[arg-type]  # else kopf asks for the user's name, which a pod's user need not have; its type is not public
-                standalone=True,
-                clusterwide=not self.settings.watch_namespaces,
-                namespaces=self.settings.watch_namespaces,
-                ready_flag=self.watching,
-            )
+            places = await self._recall(cluster)
+            tasks = [asyncio.create_task(self._resync(cluster, queue, places)), asyncio.create_task(self._watch(queue, places))]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                await queue.close()  # before kopf, which takes its time
+                await _end(tasks)
+
+    async def _watch(self, queue: Queue, places: list[str]) -> None:
+        await kopf.operator(
+            registry=self._registry(queue),
+            settings=kopf_settings(),
+            identity=names.OPERATOR,  # type: ignore[arg-type]  # else kopf asks for the user's name, which a pod's user need not have; its type is not public
+            standalone=True,
+            clusterwide=not self.settings.watch_namespaces,
+            namespaces=[place for place in places if place],
+            ready_flag=self.watching,
+        )
 
     def stuck_seconds(self) -> float:
-        """How long the oldest decision has waited."""
+        """How long the oldest decision has waited for a worker."""
         return self.queue.oldest_seconds() if self.queue else 0.0
+
+    def longest_seconds(self) -> float:
+        """How long the slowest decision has been worked at."""
+        return self.queue.longest_seconds() if self.queue else 0.0
 
     def depth(self) -> int:
         """Jobs that wait for a decision or are being decided about."""
@@ -77,30 +97,52 @@ class Operator:
             cluster = Cluster(
                 api, self.store, self.settings, Children(api, self.store, self.settings, Turns(2 * self.settings.requests_in_flight)), poller, teller
             )
-            self.queue = Queue(cluster.reconcile)
-            tasks = [asyncio.create_task(teller.run()), asyncio.create_task(self._resync(cluster, self.queue))]
+            self.queue = Queue(cluster.reconcile, cluster.complain, ORDINARY)
+            telling = asyncio.create_task(teller.run())
             try:
                 yield self.queue, cluster
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
                 await self.queue.close()
+                await _end([telling])
 
-    async def _recall(self, cluster: Cluster) -> None:
+    async def _recall(self, cluster: Cluster) -> list[str]:
+        """Wait until there is something to serve; the namespaces that are (one without a name: all). Each trouble is told once."""
+        told = ""
         while True:
             try:
-                return await cluster.recall()
-            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                logger.warning("the pods could not be listed, again in %g s: %s", RECALL_RETRY_SECONDS, error)
+                await cluster.check_served()
+                places, problem = await self._recall_all(cluster)
+            except (NotServed, *ORDINARY) as error:
+                places, problem = [], str(error) or type(error).__name__
+            if problem and problem != told:
+                logger.warning("%s", problem)
+                told = problem
+            if places:
+                return places
             await asyncio.sleep(RECALL_RETRY_SECONDS)
+
+    async def _recall_all(self, cluster: Cluster) -> tuple[list[str], str]:
+        """The namespaces that can be served, and what is wrong with the others."""
+        if not self.settings.watch_namespaces:
+            await cluster.recall("")
+            return [""], ""
+        places, problems = [], []
+        for place in self.settings.watch_namespaces:
+            try:
+                await cluster.recall(place)
+                places.append(place)
+            except ApiError as error:
+                if error.status not in NOT_SERVABLE:
+                    raise
+                problems.append(f"namespace {place} cannot be served for now: {error}")
+        return places, "; ".join(problems)
 
     def _heard(self, key: Key) -> None:
         if self.queue is not None:
             self.queue.add(key)
 
-    async def _resync(self, cluster: Cluster, queue: Queue) -> None:
-        """Compare with the cluster after a watch has begun anew, and every so often."""
+    async def _resync(self, cluster: Cluster, queue: Queue, places: list[str]) -> None:
+        """Compare with the cluster after a watch has begun anew, and every so often. Raises NotServed, StartAnew."""
         while True:
             try:
                 async with asyncio.timeout(self.settings.resync_seconds):
@@ -110,10 +152,17 @@ class Operator:
                 logger.debug("comparing with the cluster, as every %g s", self.settings.resync_seconds)
             self.listed.clear()
             try:
-                for key in await cluster.resync():
+                for key in await cluster.resync(places):
                     queue.add(key)
-            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+                await self._look_again(cluster, places)
+            except ORDINARY as error:
                 logger.warning("the cluster could not be listed, it will be later: %s", error)
+
+    async def _look_again(self, cluster: Cluster, places: list[str]) -> None:
+        """Raises StartAnew when a namespace that was left out can be served now: kopf is told its namespaces once."""
+        for place in self.settings.watch_namespaces:
+            if place not in places and await cluster.may_serve(place):
+                raise StartAnew(f"namespace {place} can be served now")
 
     def _registry(self, queue: Queue) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
@@ -160,6 +209,12 @@ class Operator:
         metrics.WATCH_EVENTS.labels(kind or "LISTED").inc()
         if kind is None:
             self.listed.set()
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class NoDiffs(kopf.DiffBaseStorage):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ class Lock(LeaseLock):
         self.reached = False
         """Whether the API server has answered to the last question."""
         self.leading = False
+        self.renewed = 0.0
+        """When the last request that took or renewed the Lease was begun, as `time.monotonic` has it."""
 
     async def get(self, name: str, namespace: str) -> Any:
         """As the official lock's."""
@@ -72,13 +75,22 @@ class Lock(LeaseLock):
         except (*UNREACHABLE, ApiException) as error:
             logger.warning("the Lease could not be released, it will expire: %s", error)
 
+    async def lapse(self, seconds: float) -> None:
+        """Wait until the Lease has not been renewed for so long."""
+        while (left := self.renewed + seconds - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+
     async def _try(self, write: Awaitable[bool]) -> bool:
+        begun = time.monotonic()
         try:
             async with asyncio.timeout(self.seconds):
-                return await write
+                written = await write
         except UNREACHABLE as error:
             logger.warning("the Lease could not be written: %s", error)
             return False
+        if written:
+            self.renewed = begun
+        return written
 
 
 class LeadershipLost(Exception):
@@ -86,40 +98,51 @@ class LeadershipLost(Exception):
 
 
 async def lead(lock: Lock, settings: Settings, work: Callable[[], Awaitable[None]]) -> None:
-    """Wait for the Lease, then work while it is held, and release it when the work has ended. Raises LeadershipLost, and what the work raises."""
-    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    """Wait for the Lease, then work while it is held, and release it when the work has ended, however that was.
+
+    The official election notices late that it renews in vain (up to renewDeadlineSeconds and two requests after it began to, when another replica may
+    act already): the time since the last renewal is watched here too. Raises LeadershipLost, and what the work raises.
+    """
+    taken = asyncio.Event()
 
     async def started() -> None:
-        logger.info("%s leads", lock.identity)
-        metrics.LEADER.set(1)
-        lock.leading = True
-        try:
-            await work()
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits below
-            _settle(ended, error)
-        finally:
-            metrics.LEADER.set(0)
-            lock.leading = False
-            _settle(ended, None)
+        taken.set()
 
     config = Config(lock, settings.lease_duration_seconds, settings.renew_deadline_seconds, settings.retry_period_seconds, started, None)
     election = asyncio.create_task(LeaderElection(config).run())
+    waiting = asyncio.create_task(taken.wait())
     try:
-        await asyncio.wait({election, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
+        await asyncio.wait({election, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if taken.is_set():
+            await _work(lock, settings, work, election)
+        else:
             await election
-            raise LeadershipLost(f"{lock.identity} could not renew the Lease {lock.namespace}/{lock.name} for {settings.renew_deadline_seconds:g} s")
-        ended.result()
     finally:
-        election.cancel()
-        await asyncio.gather(election, return_exceptions=True)
-    await lock.release()
+        await _end(waiting, election)
+        if taken.is_set():
+            await lock.release()
 
 
-def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+async def _work(lock: Lock, settings: Settings, work: Callable[[], Awaitable[None]], election: asyncio.Task[None]) -> None:
+    """Work until it ends, or the Lease does; in the end nothing of the work is left."""
+    logger.info("%s leads", lock.identity)
+    metrics.LEADER.set(1)
+    lock.leading = True
+    lapse = asyncio.create_task(lock.lapse(settings.renew_deadline_seconds))
+    working = asyncio.ensure_future(work())
+    try:
+        await asyncio.wait({election, lapse, working}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            message = f"{lock.identity} could not renew the Lease {lock.namespace}/{lock.name} for {settings.renew_deadline_seconds:g} s"
+            raise LeadershipLost(message) from (election.exception() if election.done() else None)
+        working.result()
+    finally:
+        await _end(lapse, working)
+        metrics.LEADER.set(0)
+        lock.leading = False
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

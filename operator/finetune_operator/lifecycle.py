@@ -77,14 +77,19 @@ def _when_it_has_ended(observed: Observed, settings: Settings) -> Decision | Non
 
 
 def _when_it_is_invalid(observed: Observed, settings: Settings) -> Decision | None:
-    """A spec that cannot be carried out is never tried again: most of it cannot be changed."""
-    refusal = observed.refusal if observed.refusal is not None and observed.refusal.kind == "InvalidSpec" else None
-    if observed.job is not None and observed.invalid is None and refusal is None:
+    """A spec that cannot be carried out is never tried again: most of it cannot be changed. One that was carried out before is not at fault."""
+    refusal = _refusal_of(observed)
+    if refusal is None or refusal.kind != "InvalidSpec" or observed.status.attempt > 0:
         return None
-    problems = "; ".join(map(str, observed.invalid.problems)) if observed.invalid is not None else ""
-    message = problems or (refusal.message if refusal is not None else "the spec cannot be read")
-    verdict = Verdict(OperatorReason.INVALID_SPEC, message)
-    return _fail(observed, settings, verdict.reason, message, verdict.failure, event="InvalidSpec")
+    verdict = Verdict(OperatorReason.INVALID_SPEC, refusal.message)
+    return _fail(observed, settings, verdict.reason, verdict.message, verdict.failure, event="InvalidSpec")
+
+
+def _refusal_of(observed: Observed) -> Refusal | None:
+    """Why the next gang cannot be made, as far as it is known."""
+    if observed.invalid is not None:
+        return Refusal("InvalidSpec", "; ".join(map(str, observed.invalid.problems)))
+    return Refusal("InvalidSpec", "the spec cannot be read") if observed.job is None else observed.refusal
 
 
 def _when_all_pods_have_succeeded(observed: Observed, settings: Settings) -> Decision | None:
@@ -142,11 +147,24 @@ def _when_its_gang_lives(observed: Observed, settings: Settings) -> Decision | N
     gang, old = observed.gang, observed.status
     judgement = judge(observed, settings)
     waits = [judgement.seconds] if isinstance(judgement, Wait) else []
-    status, wait = _status_of_live_gang(observed, settings)
+    silence = _seconds_to_answer(observed, settings)
+    status, wait = _status_of_live_gang(observed, settings, silence)
     events = (Event("Normal", "Started", f"all pods of gang {old.attempt} run"),) if _turns_true(old, status, ConditionType.RUNNING) else ()
-    poll = gang[0].address if gang[0].started and gang[0].deletion is None else None
     strays = _without(observed.pods, gang)
-    return _answer(observed, settings, status, remove=strays, events=events, waits=[*waits, wait], poll=poll)
+    return _answer(observed, settings, status, remove=strays, events=events, waits=[*waits, wait, silence or None], poll=_address(observed))
+
+
+def _address(observed: Observed) -> str | None:
+    """Where rank 0 of a gang that lives can be asked for its progress; None while it cannot."""
+    first = observed.gang[0]
+    return first.address if first.started and first.deletion is None else None
+
+
+def _seconds_to_answer(observed: Observed, settings: Settings) -> float | None:
+    """Seconds that rank 0 has left for its first answer to this process, 0 when they have passed; None when it has answered, or cannot be asked."""
+    if observed.progress is not None or _address(observed) is None:
+        return None
+    return observed.seconds_until(observed.asked_since or observed.now, settings.unanswered_seconds)
 
 
 def _when_old_pods_are_left(observed: Observed, settings: Settings) -> Decision | None:
@@ -163,12 +181,13 @@ def _when_old_pods_are_left(observed: Observed, settings: Settings) -> Decision 
 
 def _when_it_was_refused(observed: Observed, settings: Settings) -> Decision | None:
     """Somebody else has to do something: hold, tell, and try again later."""
-    if observed.refusal is None:
+    refusal = _refusal_of(observed)
+    if refusal is None:
         return None
-    status = conditions.refused(observed.status, observed.refusal, observed.now)
+    status = conditions.refused(observed.status, refusal, observed.now)
     is_new = _turns_true(observed.status, status, ConditionType.NAME_CONFLICT)
-    events = (Event("Warning", "NameConflict", _cut(observed.refusal.message)),) if is_new else ()
-    wait = settings.leftover_retry_seconds if observed.refusal.kind == "Leftover" else settings.refusal_retry_seconds
+    events = (Event("Warning", "NameConflict", _cut(refusal.message)),) if is_new else ()
+    wait = settings.leftover_retry_seconds if refusal.kind == "Leftover" else settings.refusal_retry_seconds
     return _answer(observed, settings, status, events=events, waits=[wait])
 
 
@@ -279,7 +298,7 @@ def _until_deadline(observed: Observed, status: Status | None = None) -> float |
     return None if start is None or limit is None else observed.seconds_until(start, limit)
 
 
-def _status_of_live_gang(observed: Observed, settings: Settings) -> tuple[Status, float | None]:
+def _status_of_live_gang(observed: Observed, settings: Settings, silence: float | None) -> tuple[Status, float | None]:
     """The status of a gang that goes on, and seconds after which more of it may be written.
 
     A change that only counts (of progress, of pods that have started or ended while others have not) is written now and then, any other at once.
@@ -289,7 +308,8 @@ def _status_of_live_gang(observed: Observed, settings: Settings) -> tuple[Status
         return old, None
     counts = conditions.count_pods(observed.desired, gang)
     if all(pod.begun for pod in gang):
-        state, wait = conditions.running(old, counts, loaded=_has_loaded(observed), now=observed.now), 0.0
+        silent = f"{_address(observed)}:{settings.progress_port}" if silence == 0 else None
+        state, wait = conditions.running(old, counts, loaded=_has_loaded(observed), silent=silent, now=observed.now), 0.0
     else:
         state = conditions.starting(old, counts, conditions.waiting_message(observed.desired, gang), observed.now)
         wait = _seconds_to_start(observed, settings)

@@ -27,7 +27,7 @@ from finetune_operator.machine import check_sources, find_config, missing_source
 from finetune_operator.plan import LAUNCHER, Identity, NodePlan, Place, Plan, cluster_only_fields, make_plan
 from finetune_operator.runs import Run
 from finetune_operator.settings import Settings
-from finetune_trainer.contract import Progress, Reason, RunReport, exit_of
+from finetune_trainer.contract import ConfigurationError, Progress, Reason, RunReport, exit_of
 from finetune_trainer.resolve import read_facts, resolve
 
 LOCAL_LAUNCHER = (sys.executable, "-P", "-m", "finetune_trainer.cli", "launch")
@@ -54,7 +54,9 @@ def run_job(file: JobFile, work: Path, resume: str | None, launcher: tuple[str, 
     """Run a job to its end and return the run's exit code; raises ConfigurationError for what is refused before it starts."""
     policy = resume or file.job.spec.checkpoints.resume
     with file.locating():
-        check_sources(_unclaimed_plan(file, work).config)
+        plan = _unclaimed_plan(file, work)
+        check_sources(plan.config)
+        _choose_devices(plan)
     with file.locating(), runs.claim(file.job, Settings(), local_place(file, work, _free_port()), policy) as run:
         runs.write_run_file(run)
         return asyncio.run(_execute(file, work, run, launcher))
@@ -68,7 +70,7 @@ def describe_job(file: JobFile, work: Path, gpu_memory_gib: float | None) -> str
         machine = this_machine(plan, os.environ, gpu_memory_gib)
         resolution = resolve(plan.config, read_facts(facts), machine) if facts is not None else None
     absent = [f"{problem}; `finetune run` would refuse it on this machine" for problem in missing_sources(plan.config)]
-    notes = [ignored_sentence(file), None if gpu_memory_gib else _devices(plan)[1], *absent]
+    notes = [ignored_sentence(file), None if gpu_memory_gib else _devices_sentence(plan), *absent]
     return plan_text(plan, resolution, [note for note in notes if note], on_cpu=machine.device == "cpu")
 
 
@@ -81,7 +83,7 @@ def _unclaimed_plan(file: JobFile, work: Path) -> Plan:
 
 
 def launchers(run: Run, launcher: tuple[str, ...], environment: Mapping[str, str], gpus: list[str]) -> list[Launcher]:
-    """One launcher per node; ``gpus`` are the devices of the whole run, empty for CPU processes."""
+    """One launcher per node; ``gpus`` are the devices of the whole run, of which each node gets its own, empty for CPU processes."""
     command = (*launcher, *run.plan.command[len(LAUNCHER) :])
     return [
         Launcher(
@@ -116,9 +118,14 @@ def _expand(value: str, known: Mapping[str, str]) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A free port after which another is free, for the launchers' watch of one another."""
+    while True:
+        with socket.socket() as listener, socket.socket() as next_listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+            with suppress(OSError, OverflowError):  # the next one is taken, or there is none
+                next_listener.bind(("127.0.0.1", port + 1))
+                return port
 
 
 # Running and watching
@@ -132,7 +139,7 @@ def ignored_sentence(file: JobFile) -> str | None:
 
 async def _execute(file: JobFile, work: Path, run: Run, launcher: tuple[str, ...]) -> int:
     started = time.monotonic()
-    gpus, without_gpus = _devices(run.plan)
+    gpus, without_gpus = _choose_devices(run.plan)
     display = open_display(f"{run.plan.job.namespace}/{run.plan.job.name}", run.plan.config.training.logging_steps)
     try:
         for sentence in filter(None, (ignored_sentence(file), without_gpus, *_opening(run))):
@@ -143,15 +150,29 @@ async def _execute(file: JobFile, work: Path, run: Run, launcher: tuple[str, ...
     return _conclude(file, work, run, ending, time.monotonic() - started)
 
 
-def _devices(plan: Plan) -> tuple[list[str], str | None]:
-    """The GPUs of the run, or a sentence that says why there are none."""
+def _choose_devices(plan: Plan) -> tuple[list[str], str | None]:
+    """The GPUs of the run, or, on a machine without any, a sentence that says so; raises ConfigurationError where there are some, but too few."""
     if plan.accelerator is None:
         return [], None
-    gpus = visible_gpus(os.environ)
-    if len(gpus) >= plan.world_size:
-        return [name for name, _ in gpus[: plan.world_size]], None
-    found = f"{len(gpus)} of {plan.world_size} GPUs are here" if gpus else "there is no GPU here"
-    return [], f"{found}: {plan.world_size} {'process' if plan.world_size == 1 else 'processes'} on the CPU"
+    gpus, wanted = visible_gpus(os.environ), plan.world_size
+    if len(gpus) >= wanted:
+        return [name for name, _ in gpus[:wanted]], None
+    if not gpus:
+        return [], f"there is no GPU here: {wanted} {'process' if wanted == 1 else 'processes'} on the CPU"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+    raise ConfigurationError(
+        f"nodes: count {len(plan.nodes)} with processesPerNode {plan.processes_per_node} needs {wanted} GPUs, one per process; this machine shows {len(gpus)}{shown}; "
+        "fewer processes, or nodes.accelerator.type CPU, would run here"
+    )
+
+
+def _devices_sentence(plan: Plan) -> str | None:
+    """What is to be said about the GPUs of this machine before anything runs."""
+    try:
+        return _choose_devices(plan)[1]
+    except ConfigurationError as error:
+        return f"{error}; `finetune run` would refuse it on this machine"
 
 
 def _opening(run: Run) -> list[str]:
@@ -288,11 +309,13 @@ def success_text(folder: Path, report: RunReport | None, seconds: float) -> str:
 
 def failure_text(file: JobFile, run: Run, ending: Ending, report: RunReport | None) -> str:
     """The reason in a sentence; where the trainer gave none, the end of the node's log."""
-    host = run.plan.nodes[ending.node].host
+    failure = None if report is None else report.failure
+    node = ending.node if failure is None or failure.rank is None else min(failure.rank // run.plan.processes_per_node, len(run.plan.nodes) - 1)
+    host = run.plan.nodes[node].host
     log = run.log_folder / f"{host}.log"
-    if report is not None and report.failure is not None:
-        rank = "" if report.failure.rank is None else f" (rank {report.failure.rank})"
-        return f"{report.failure.reason.value}{rank}: {file.located(report.failure.message)}\nlog: {log}"
+    if failure is not None:
+        rank = "" if failure.rank is None else f" (rank {failure.rank})"
+        return f"{failure.reason.value}{rank}: {file.located(failure.message)}\nlog: {log}"
     tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if log.exists() else []
     return "\n".join([f"{exit_of(ending.code).reason.value}: {host} ended with exit code {ending.code}; the end of {log}:", *tail])
 

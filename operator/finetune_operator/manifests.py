@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from finetune_operator import names, overlay
+from finetune_operator import confinement, names, overlay
 from finetune_operator.plan import NodePlan, Plan, Variable
 from finetune_operator.problems import InvalidJob, Problem
 from finetune_operator.settings import Settings
@@ -57,7 +57,7 @@ def service(plan: Plan, owner: Owner) -> Json:
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
-            "selector": {names.JOB_LABEL: owner.name},
+            "selector": names.selector(owner.name, owner.uid),
             "ports": [{"name": name, "port": port, "targetPort": port, "protocol": "TCP"} for name, port in ports],
         },
     }
@@ -86,13 +86,15 @@ def pod(plan: Plan, node_rank: int, owner: Owner, settings: Settings) -> Json:
     """The pod of one node of a gang, with the job's pod template laid over it; raises InvalidJob naming the field."""
     node, attempt = plan.nodes[node_rank], plan.config.run.attempt
     metadata = _metadata(names.pod(owner.name, attempt, node_rank), owner)
-    metadata["labels"] |= {names.ATTEMPT_LABEL: str(attempt), names.NODE_LABEL: str(node_rank)}
+    metadata["labels"] |= {**names.selector(owner.name, owner.uid), names.ATTEMPT_LABEL: str(attempt), names.NODE_LABEL: str(node_rank)}
     metadata |= {"annotations": {names.RUN_CONFIG_ANNOTATION: _run_config(plan)}, "ownerReferences": [owner.reference()]}
     made: Json = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": _pod_spec(plan, node, owner, settings)}
     template = plan.job.spec.nodes.pod_template
     if template is not None:
         made = overlay.lay(template.metadata or {}, template.spec or {}, made, kept_mounts=frozenset((_run_folder(settings),)))
         _check_annotations(made["metadata"]["annotations"], "spec.nodes.podTemplate.metadata.annotations")
+        if not settings.allow_privileged_templates:
+            made["spec"] = confinement.confine(made["spec"], template.spec or {})
     return made
 
 

@@ -17,6 +17,8 @@ JOB_LABEL = f"{GROUP}/job-name"
 """On every child: the watch of pods selects by it, and a retained claim is recognised by it."""
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 NODE_LABEL = f"{GROUP}/node-rank"
+UID_LABEL = f"{GROUP}/job-uid"
+"""On every pod: the Service selects by it too, because a job of the same name may have been before."""
 RUN_CONFIG_ANNOTATION = f"{GROUP}/run-config"
 TRAINER_CONTAINER = "trainer"
 
@@ -80,6 +82,11 @@ def claim(job: str) -> str:
 def child_labels(job: str) -> dict[str, str]:
     """Labels of every child; the job's own labels are never copied, because Argo CD and Kueue act on theirs."""
     return {"app.kubernetes.io/name": "finetune-trainer", "app.kubernetes.io/managed-by": OPERATOR, JOB_LABEL: job}
+
+
+def selector(job: str, uid: str) -> dict[str, str]:
+    """Labels that the pods of this job have, of every gang, and those of no other job of its name."""
+    return {JOB_LABEL: job, UID_LABEL: uid[:8]}
 
 
 def host(job: str, node: int) -> str:

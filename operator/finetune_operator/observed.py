@@ -12,6 +12,9 @@ from finetune_operator.status import Status
 from finetune_operator.workload import RunPolicy
 from finetune_trainer.contract import Progress
 
+UNREAD_POLICY = RunPolicy(progress_deadline_seconds=2**31 - 1, backoff_limit=2**31 - 1)
+"""Of a job whose spec cannot be read: it is not failed for limits that are not its own. No gang is made of it either."""
+
 
 @dataclass(frozen=True)
 class Pod:
@@ -106,19 +109,25 @@ class Observed:
     """Whether progress may be written now: the last write of it is old enough."""
     asked_since: datetime | None = None
     """Since when this process has asked rank 0 of gang `status.attempt` for its progress; None: not yet."""
+    heartbeat_seen: datetime | None = None
+    """When this process first saw the heartbeat that `progress` has, by its own clock; None: nothing heard yet."""
     invalid: InvalidJob | None = None
     refusal: Refusal | None = None
     """Of the attempt to make children that was just carried out; None when it is time to try again."""
 
     @property
     def policy(self) -> RunPolicy:
-        """The job's runPolicy; the defaults where its spec cannot be read."""
-        return RunPolicy() if self.job is None else self.job.spec.run_policy
+        """The job's runPolicy; where its spec cannot be read, one without limits."""
+        return UNREAD_POLICY if self.job is None else self.job.spec.run_policy
 
     @property
     def desired(self) -> int:
-        """Pods of a whole gang."""
-        return 0 if self.job is None else self.job.spec.nodes.count
+        """Pods of a whole gang; where the spec cannot be read, of the one that was made."""
+        if self.job is not None:
+            return self.job.spec.nodes.count
+        if self.status.pods is not None:
+            return self.status.pods.desired
+        return sum(pod.attempt == self.status.attempt for pod in self.pods) or min(self.status.attempt, 1)
 
     @property
     def gang(self) -> tuple[Pod, ...]:

@@ -30,6 +30,8 @@ UNIONS = frozenset(("volumes", "env"))
 DIRECTIVE = "$patch"
 GANG_FIELDS = ("hostname", "subdomain", "restartPolicy")
 CONTAINER_FIELDS = ("command", "terminationMessagePath", "terminationMessagePolicy")
+NO_FIELDS_OF_A_TRAINER = ("args", "restartPolicy", "restartPolicyRules")
+"""What a template cannot give to the trainer's container: a gang is started anew as a whole."""
 
 
 def lay(template_metadata: Json, template_spec: Json, pod: Json, *, kept_mounts: frozenset[str]) -> Json:
@@ -65,7 +67,7 @@ def merge(ours: Json, theirs: Any, path: str) -> Json:
     if not isinstance(theirs, dict):
         raise _problem(path, f"it must be a mapping {_found(theirs)}")
     if _directive(theirs, path) == "replace":
-        return _without_directives(theirs)
+        return _instead(ours, theirs, path)
     merged = dict(ours)
     for key, value in theirs.items():
         if key == DIRECTIVE:
@@ -75,6 +77,13 @@ def merge(ours: Json, theirs: Any, path: str) -> Json:
         else:
             merged[key] = _value(ours.get(key), value, key, f"{path}.{key}")
     return merged
+
+
+def _instead(ours: Json, theirs: Json, path: str) -> Json:
+    """One map in place of another; what is a list in ours must be one in theirs."""
+    lists: Json = {key: [] for key, value in ours.items() if key in KEYS and isinstance(value, list)}
+    merged = merge(lists, _without(theirs, DIRECTIVE), path)
+    return {key: value for key, value in merged.items() if key in theirs}
 
 
 def _value(ours: Any, theirs: Any, key: str, path: str) -> Any:
@@ -99,8 +108,10 @@ def _list(ours: list[Json], theirs: Any, name: str, path: str) -> list[Json]:
     for value, (place, item) in items.items():
         if _directive(item, place) == "delete":
             merged.pop(value, None)
-        elif name in UNIONS or _directive(item, place) == "replace":
+        elif name in UNIONS:
             merged[value] = _without_directives(item)
+        elif _directive(item, place) == "replace":
+            merged[value] = _instead(merged.get(value, {}), item, place)
         else:
             merged[value] = merge(merged.get(value, {}), item, place)
     return list(merged.values())
@@ -150,9 +161,9 @@ def _with_the_gangs(spec: Json, ours: Json, kept_mounts: frozenset[str]) -> Json
     own = ours["containers"][0]
     kept = [mount for mount in own["volumeMounts"] if mount["mountPath"] in kept_mounts]
     volumes = {mount["name"]: volume for mount in kept for volume in ours["volumes"] if volume["name"] == mount["name"]}
-    trainer = _without(trainer, "args") | {name: own[name] for name in CONTAINER_FIELDS}
-    trainer["env"] = _environment(trainer.get("env", []), own["env"])
-    trainer["volumeMounts"] = [*kept, *(mount for mount in trainer.get("volumeMounts", []) if mount["mountPath"] not in kept_mounts)]
+    trainer = _without(trainer, *NO_FIELDS_OF_A_TRAINER) | {name: own[name] for name in CONTAINER_FIELDS}
+    trainer["env"] = _environment(_listed(trainer, "env", path), own["env"])
+    trainer["volumeMounts"] = [*kept, *(mount for mount in _listed(trainer, "volumeMounts", path) if mount["mountPath"] not in kept_mounts)]
     return {
         **spec,
         **{name: ours[name] for name in GANG_FIELDS},
@@ -161,14 +172,22 @@ def _with_the_gangs(spec: Json, ours: Json, kept_mounts: frozenset[str]) -> Json
     }
 
 
+def _listed(container: Json, name: str, path: str) -> list[Json]:
+    """A list of a container that may have replaced ours whole."""
+    items = container.get(name, [])
+    if not isinstance(items, list):
+        raise _problem(f"{path}[{container['name']}].{name}", f"it must be a list {_found(items)}")
+    return items
+
+
 def _environment(merged: list[Json], ours: list[Json]) -> list[Json]:
     """The merged variables, of which those of the gang are ours."""
     gang = {variable["name"]: variable for variable in ours if names.is_gang_environment(variable["name"])}
     return [*(variable for variable in merged if not names.is_gang_environment(variable["name"])), *gang.values()]
 
 
-def _without(value: Json, key: str) -> Json:
-    return {name: item for name, item in value.items() if name != key}
+def _without(value: Json, *keys: str) -> Json:
+    return {name: item for name, item in value.items() if name not in keys}
 
 
 def _found(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +13,8 @@ from finetune_operator.observed import Pod
 
 _ORDINARY = frozenset(("ContainerCreating", "PodInitializing", "Completed", "Error"))
 """Reasons of a container's state that say nothing that its phase and exit code do not."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,16 @@ class PodRecord:
 
 
 def read_pod(raw: dict[str, Any]) -> PodRecord | None:
-    """A pod with our labels; None for one whose labels somebody else has written. The metadata alone will do for a pod just made."""
+    """A pod with our labels; None for one whose labels somebody else has written, or that cannot be read. The metadata alone will do for a pod just made."""
     metadata = raw["metadata"]
+    try:
+        return _read_record(metadata, raw)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        logger.warning("pod %s/%s cannot be read and is left alone: %s: %s", metadata.get("namespace"), metadata.get("name"), type(error).__name__, error)
+        return None
+
+
+def _read_record(metadata: dict[str, Any], raw: dict[str, Any]) -> PodRecord | None:
     labels = metadata.get("labels") or {}
     job, attempt, node_rank = (labels.get(label, "") for label in (names.JOB_LABEL, names.ATTEMPT_LABEL, names.NODE_LABEL))
     if not (job and attempt.isdecimal() and node_rank.isdecimal()):

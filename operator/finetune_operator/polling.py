@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
-from pydantic import ValidationError
+import orjson
 
 from finetune_operator import metrics
 from finetune_operator.queue import Key
@@ -22,6 +22,9 @@ from finetune_trainer.contract import Progress
 ANSWER_SECONDS = 3.0
 LONGEST_ANSWER = 65536
 """Bytes of an answer: a trainer's image is the user's, and may answer anything."""
+
+FIELDS = frozenset(field.alias or name for name, field in Progress.model_fields.items()) - {"recent"}
+"""What of an answer is read, as it is spelled in JSON."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ class Conversation:
     """Since when it is asked."""
     task: asyncio.Task[None]
     progress: Progress | None = None
+    heartbeat_seen: datetime | None = None
+    """When its heartbeat was heard to change, by this process' clock; the first one too."""
     written: Progress | None = None
     """What of it stands in the job's status."""
     written_at: float | None = None
@@ -86,6 +91,11 @@ class Poller:
         known = self.conversations.get(key)
         return known.since if known is not None and known.attempt == attempt else None
 
+    def heartbeat_seen(self, key: Key, attempt: int) -> datetime | None:
+        """When the heartbeat of what the gang has last said was first heard, by this process' clock; None: nothing yet."""
+        known = self.conversations.get(key)
+        return known.heartbeat_seen if known is not None and known.attempt == attempt else None
+
     def is_due(self, key: Key) -> bool:
         """Whether progress may be written now."""
         known = self.conversations.get(key)
@@ -102,7 +112,7 @@ class Poller:
             conversation = self.conversations[key]
             answer = await self._ask(conversation.address)
             if answer is not None:
-                conversation.progress = answer
+                note_answer(conversation, answer, datetime.now(UTC))
                 if answer != conversation.written and self.is_due(key):
                     self.heard(key)
             await asyncio.sleep(self.settings.progress_poll_seconds)
@@ -112,13 +122,29 @@ class Poller:
         try:
             async with self.session.get(f"http://{host}:{self.settings.progress_port}/progress", allow_redirects=False) as response:
                 content = await _read(response)
-            progress = Progress.model_validate_json(content)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
+            progress = read_progress(content)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             metrics.POLLS.labels("error").inc()
             logger.debug("/progress of %s: %s", address, error)
             return None
         metrics.POLLS.labels("success").inc()
         return progress
+
+
+def note_answer(conversation: Conversation, answer: Progress, now: datetime) -> None:
+    """Take in an answer, and when its heartbeat was first heard: the trainer's own clock may be wrong."""
+    if conversation.progress is None or conversation.progress.last_heartbeat_time != answer.last_heartbeat_time:
+        conversation.heartbeat_seen = now
+    conversation.progress = answer
+
+
+def read_progress(content: bytes) -> Progress:
+    """An answer, of a trainer that may be younger than this process: fields that are unknown here, and the points of a curve, are left out.
+
+    Raises ValueError (pydantic's among them).
+    """
+    found = orjson.loads(content)
+    return Progress.model_validate({name: value for name, value in found.items() if name in FIELDS} if isinstance(found, dict) else found)
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

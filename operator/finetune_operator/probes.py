@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-STUCK_SECONDS = 300.0
-"""A job whose decision has waited for so long: the process no longer works and is to be started anew."""
+WAITING_SECONDS = 300.0
+"""A job for which no worker was found for so long: the process no longer works and is to be started anew."""
+WORKING_SECONDS = 3600.0
+"""As much is said by a worker that is at one job for so long: in a burst it waits for its turn, for minutes."""
 
 Check = Callable[[], str | None]
 """Why a probe fails; None: it does not."""

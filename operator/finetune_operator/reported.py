@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.alias_generators import to_camel
 
-from finetune_operator.status import JobProgress
+from finetune_operator.status import MESSAGE_LIMIT, JobProgress
 from finetune_trainer.contract import Artifact, Progress, Reason, Verification
 
 MEASURES = ("loss", "learning_rate", "tokens_per_second", "eta_seconds")
@@ -51,6 +51,11 @@ def seconds_of(time: datetime) -> datetime:
     return time.astimezone(UTC).replace(microsecond=0)
 
 
+def cut_message(message: str) -> str:
+    """A message that fits into status."""
+    return message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + CUT
+
+
 def read_failure(termination_message: str) -> TrainerFailure | None:
     """The failure in a termination message; None when it is not the trainer's, or tells of none."""
     failure = _read(termination_message).get("failure")
@@ -88,11 +93,16 @@ def round_progress(progress: Progress) -> tuple[JobProgress, list[str]]:
         step=progress.step,
         total_steps=progress.total_steps,
         steps=progress.steps[:64],
-        percent=progress.percent,
+        percent=min(progress.percent, 100),
         remaining=None if progress.remaining is None else progress.remaining[:64],
-        last_heartbeat_time=seconds_of(progress.last_heartbeat_time),
+        last_heartbeat_time=_heartbeat(progress.last_heartbeat_time),
         **rounded,
     ), odd
+
+
+def _heartbeat(time: datetime) -> datetime | None:
+    """A time that can be reckoned with; None for one at the ends of the calendar."""
+    return seconds_of(time) if datetime.min.year < time.year < datetime.max.year else None
 
 
 def _is_left_out(name: str, number: float | None, progress: Progress) -> bool:
@@ -112,11 +122,13 @@ def finish_progress(progress: JobProgress | None) -> JobProgress | None:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value without the numbers that JSON does not have."""
+    """A JSON value without the numbers that JSON does not have; whole numbers that Kubernetes' JSON does not have (beyond 64 bits) as text."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [finite(item) for item in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -20,6 +20,10 @@ class Settings(Contract):
     trainer_image: Name | None = Field(None, description="Image of pods whose job names none. Absent: a job in a cluster must name one.")
     trainer_user: Positive = Field(65532, description="User id that the trainer runs as.")
     trainer_group: Positive = Field(65532, description="Group id that the trainer runs as, and that owns the volumes where Kubernetes can see to it (fsGroup).")
+    allow_privileged_templates: bool = Field(
+        False,
+        description="Whether a job's nodes.podTemplate may ask for what is more than a trainer needs: the node's namespaces, folders and root, capabilities, a service-account token.",
+    )
     shared_memory: Name = Field("8Gi", description="Most that /dev/shm may hold where a job says nothing; it is reserved nowhere.")
     work_claim: Name | None = Field(None, description="Claim for work where a job names none. Absent: a job in a cluster must name one.")
     run_file: Name = Field("/run/finetune/run.json", description="Where a pod finds its RunConfig.")
@@ -42,7 +46,9 @@ class Settings(Contract):
     unanswered_seconds: Seconds = Field(60, description="Time that a trainer is asked in vain before the heartbeat in the job's status is taken for its last.")
     uncounted_delay_seconds: Seconds = Field(10, description="Wait before the first restart that is not counted; it doubles with each.")
     uncounted_delay_limit_seconds: Seconds = Field(300, description="The longest such wait.")
-    refusal_retry_seconds: Seconds = Field(30, description="Wait before children that were refused are tried again, and before a pod that does not end is looked at again.")
+    refusal_retry_seconds: Seconds = Field(
+        30, description="Wait before children that were refused are tried again, and before a pod that does not end is looked at again."
+    )
     leftover_retry_seconds: Seconds = Field(3, description="Wait for children of an earlier job of the same name.")
 
     @model_validator(mode="after")

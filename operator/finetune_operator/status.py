@@ -12,7 +12,8 @@ from finetune_trainer.contract import Artifact, Consequence, Contract, Natural, 
 from finetune_trainer.contract import Reason as TrainerReason
 
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Message = Annotated[str, Field(max_length=32768)]
+MESSAGE_LIMIT = 32768
+Message = Annotated[str, Field(max_length=MESSAGE_LIMIT)]
 
 
 class Phase(StrEnum):
@@ -178,4 +179,6 @@ class ConditionReason(StrEnum):
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
     CREATION_REFUSED = "CreationRefused"
+    RETRYING = "Retrying"
+    UNANSWERED = "Unanswered"
     NOT_FINITE = "NotFinite"

@@ -5,9 +5,8 @@ A copy, not a memory: everything here is in the cluster too, and a new process r
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,6 +25,9 @@ from finetune_operator.status import Status
 MOST_GONE = 4096
 """Uids of pods that are remembered as gone: of the newest, because an answer to a request is late by seconds at most."""
 
+DECISIVE = frozenset(("conditions", "attempt", "restarts"))
+"""Fields of a status that decisions are made from."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,13 +37,15 @@ class JobRecord:
 
     key: Key
     uid: str
-    age: int
-    """Rank among all jobs that this process has seen: a smaller number was seen earlier."""
+    age: str
+    """When it was made, then its name: a smaller text is an older job's, for every process alike."""
     generation: int
     resource_version: int
     deleted: bool
     spec: Any
     status: Status
+    held: bool = False
+    """Whether what decides of its status cannot be read: then nothing is done about it."""
 
     @cached_property
     def parsed(self) -> FineTuneJob | InvalidJob:
@@ -65,7 +69,6 @@ class Store:
     pods: dict[Key, dict[str, PodRecord]] = field(default_factory=dict)
     gone: dict[str, None] = field(default_factory=dict)
     """Pods that are there no more, by uid: the answer to their creation or deletion may come after a watch has told of their end."""
-    ages: itertools.count[int] = field(default_factory=itertools.count)
 
     def put_job(self, raw: dict[str, Any]) -> Key | None:
         """Take in a job; its key when that is news, None when it is old or what was written by the operator itself."""
@@ -76,15 +79,17 @@ class Store:
         if known is not None and version <= known.resource_version:
             return None
         same = known is not None and known.uid == metadata["uid"]
+        status = read_status(raw.get("status"), key)
         record = JobRecord(
             key=key,
             uid=metadata["uid"],
-            age=known.age if known is not None and same else next(self.ages),
+            age=f"{metadata['creationTimestamp']} {key[0]}/{key[1]}",
             generation=metadata["generation"],
             resource_version=version,
             deleted="deletionTimestamp" in metadata,
             spec=raw.get("spec"),
-            status=read_status(raw.get("status"), key),
+            status=status or Status(),
+            held=status is None,
         )
         if known is not None and same and known.generation == record.generation and "parsed" in known.__dict__:
             record.__dict__["parsed"] = known.parsed  # the spec is the same
@@ -132,32 +137,55 @@ class Store:
         """The job's own pods, of any gang."""
         return tuple(record.pod for record in self.pods.get(job.key, {}).values() if record.owner == job.uid)
 
+    def pod_of_another(self, job: JobRecord) -> str | None:
+        """A pod of another job of this job's name, one that was before."""
+        return next((record.pod.name for record in self.pods.get(job.key, {}).values() if record.owner not in ("", job.uid)), None)
+
     def samples(self) -> Iterator[JobSample]:
         """All jobs, for metrics."""
         return (JobSample(*job.key, job.status) for job in list(self.jobs.values()))
 
-    def keep_jobs(self, uids: set[str], since: int) -> list[Key]:
-        """Forget jobs that a list of resource version ``since`` no longer has; their keys."""
-        gone = [job for job in self.jobs.values() if job.uid not in uids and job.resource_version < since]
+    def keep_jobs(self, uids: set[str], since: int, unlisted: Collection[str] = ()) -> list[Key]:
+        """Forget jobs that a list of resource version ``since`` no longer has, but for those of namespaces that could not be listed; their keys."""
+        gone = [job for job in self.jobs.values() if job.uid not in uids and job.resource_version < since and job.key[0] not in unlisted]
         for job in gone:
             self.remove_job(job.key, job.uid)
         return [job.key for job in gone]
 
-    def keep_pods(self, uids: set[str], since: int) -> list[Key]:
-        """Forget pods that a list of resource version ``since`` no longer has; their jobs' keys."""
-        gone = [(key, record) for key, pods in self.pods.items() for record in pods.values() if record.pod.uid not in uids and record.resource_version < since]
+    def keep_pods(self, uids: set[str], since: int, unlisted: Collection[str] = ()) -> list[Key]:
+        """As `keep_jobs`, for pods; their jobs' keys."""
+        there = ((key, record) for key, pods in self.pods.items() if key[0] not in unlisted for record in pods.values())
+        gone = [(key, record) for key, record in there if record.pod.uid not in uids and record.resource_version < since]
         for key, record in gone:
             self.remove_pod(key, record.pod.name, record.pod.uid)
         return [key for key, _ in gone]
 
 
-def read_status(raw: dict[str, Any] | None, key: Iterable[str] = ()) -> Status:
-    """A status as it stands on a job; one that nobody could have written (somebody did) counts as absent."""
+def read_status(raw: dict[str, Any] | None, key: Iterable[str] = ()) -> Status | None:
+    """A status as it stands on a job, without the fields that cannot be read (another version, or somebody, has written them).
+
+    None where what decides is among them: a job that has ended would be trained again, one with a gang would get another.
+    """
+    given, job = raw or {}, "/".join(key)
     try:
-        return Status.model_validate(raw or {})
+        return Status.model_validate(given)
     except ValidationError as error:
-        logger.warning("%s: its status cannot be read and is written anew: %s", "/".join(key), error)
-        return Status()
+        problem = error
+    readable = {field: value for field, value in given.items() if _can_be_read(field, value)}
+    left_out = sorted(given.keys() - readable.keys())
+    if DECISIVE & set(left_out):
+        logger.error("%s: nothing is done about it, because its status cannot be read; correct %s: %s", job, ", ".join(left_out), problem)
+        return None
+    logger.warning("%s: of its status %s cannot be read and is left out: %s", job, ", ".join(left_out), problem)
+    return Status.model_validate(readable)
+
+
+def _can_be_read(field: str, value: Any) -> bool:
+    try:
+        Status.model_validate({field: value})
+    except ValidationError:
+        return False
+    return True
 
 
 def dump_status(status: Status) -> dict[str, Any]:

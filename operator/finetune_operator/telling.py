@@ -41,7 +41,7 @@ class Teller:
         while True:
             namespace, body = await self.waiting.get()
             try:
-                answer = await self.connection.send("POST", f"/api/v1/namespaces/{namespace}/events", body, order=(Priority.EVENTS, 0), accept=METADATA_ONLY)
+                answer = await self.connection.send("POST", f"/api/v1/namespaces/{namespace}/events", body, order=(Priority.EVENTS, ""), accept=METADATA_ONLY)
             except (aiohttp.ClientError, TimeoutError) as error:
                 metrics.EVENTS_DROPPED.inc()
                 logger.debug("an Event could not be posted: %s", error)

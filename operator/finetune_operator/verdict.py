@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from finetune_operator import names
 from finetune_operator.observed import Observed, Pod
-from finetune_operator.reported import read_failure, seconds_of
+from finetune_operator.reported import cut_message, read_failure, seconds_of
 from finetune_operator.settings import Settings
 from finetune_operator.status import Failure, OperatorReason, consequence_of
 from finetune_trainer.contract import EXITS, Consequence, Reason
@@ -41,7 +41,7 @@ class Verdict:
     @property
     def failure(self) -> Failure:
         """As status has it."""
-        return Failure(reason=self.reason, message=self.message, rank=self.rank, node=self.node, exit_code=self.exit_code)
+        return Failure(reason=self.reason, message=cut_message(self.message), rank=self.rank, node=self.node, exit_code=self.exit_code)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def judge(observed: Observed, settings: Settings) -> Verdict | Wait | None:
 def _of_rank(rank: int, pod: Pod | None, observed: Observed) -> Verdict | None:
     """What is wrong with one node's pod; a deletion is judged before an exit code."""
     if pod is None:
-        name = names.pod(observed.job.name, observed.status.attempt, rank) if observed.job else str(rank)
+        name = names.pod(observed.job.name, observed.status.attempt, rank) if observed.job else f"of node {rank}"
         return Verdict(OperatorReason.POD_DELETED, f"pod {name} is gone")
     if pod.deletion is not None or (pod.failed and pod.disrupted):
         return _taken_away(pod, observed)
@@ -81,7 +81,9 @@ def _of_rank(rank: int, pod: Pod | None, observed: Observed) -> Verdict | None:
 
 
 def _taken_away(pod: Pod, observed: Observed) -> Verdict:
-    if observed.lost_in(pod) == 0:
+    """A silent node's pods are deleted by Kubernetes itself (after 300 s by default): that is the node's loss, unless its kubelet has told of the pod's end."""
+    lost = observed.lost_in(pod)
+    if lost == 0 or (lost is not None and not pod.ended):
         return _node_lost(pod, observed)
     words = f": {pod.message}" if pod.message else ""
     where = f" from node {pod.node}" if pod.node else ""
@@ -92,7 +94,9 @@ def _taken_away(pod: Pod, observed: Observed) -> Verdict:
 
 def _node_lost(pod: Pod, observed: Observed) -> Verdict:
     node = observed.node_of(pod)
-    if node is not None and node.exists:
+    if node is not None and node.exists and observed.lost_in(pod):
+        message = f"node {pod.node} of pod {pod.name} is not ready, and the pod was taken away from it"
+    elif node is not None and node.exists:
         message = f"node {pod.node} of pod {pod.name} was not ready for {observed.policy.node_lost_seconds} s (runPolicy.nodeLostSeconds)"
     else:
         message = f"node {pod.node} of pod {pod.name} no longer exists"
@@ -143,40 +147,43 @@ def _wait_for_cause(verdict: Verdict, findings: list[Verdict], observed: Observe
     ends = [finding.finished for finding in findings if finding.finished is not None]
     if verdict.reason not in CONSEQUENCES or not ends or all(pod.ended for pod in observed.gang):
         return 0.0
-    return observed.seconds_until(min(ends), settings.cause_wait_seconds)
+    return min(observed.seconds_until(min(ends), settings.cause_wait_seconds), settings.cause_wait_seconds)  # a kubelet's clock may be ahead
 
 
 def _hang_or_wait(observed: Observed, settings: Settings) -> Verdict | Wait | None:
     """All pods are well as far as they can be seen: is a node silent, or the trainer?"""
     waits = [lost for lost in (observed.lost_in(pod) for pod in observed.gang if not pod.succeeded) if lost is not None]
-    heartbeat = _last_heartbeat(observed) if all(pod.begun for pod in observed.gang) else None
-    if heartbeat is not None:
-        left = max(observed.seconds_until(heartbeat, observed.policy.progress_deadline_seconds), _seconds_to_ask(observed, settings))
+    if all(pod.begun for pod in observed.gang):
+        left = _seconds_to_hang(observed, settings)
         if left == 0:
-            return _hang(observed, heartbeat)
-        waits.append(left)
+            return _hang(observed)
+        waits += [] if left is None else [left]
     return Wait(min(waits)) if waits else None
 
 
-def _last_heartbeat(observed: Observed) -> datetime | None:
-    """When the trainer was last known to work; None when it was never heard, or was not asked by this process and so cannot be called silent."""
+def _seconds_to_hang(observed: Observed, settings: Settings) -> float | None:
+    """Seconds until the trainer counts as hanging, 0 when it does; None when it was never heard.
+
+    A heartbeat may not be older than the deadline. The trainer's clock may be wrong: one that looks too old has a moment to change, and one that looks too young is
+    too old when it has not changed for so long by the clock of this process. After a restart of this process a trainer has the same moment to answer.
+    """
+    deadline, moment = observed.policy.progress_deadline_seconds, settings.unanswered_seconds
     if observed.progress is not None:
-        return observed.progress.last_heartbeat_time
+        seen = observed.heartbeat_seen or observed.asked_since or observed.now
+        looks_old = max(observed.seconds_until(observed.progress.last_heartbeat_time, deadline), observed.seconds_until(seen, min(moment, deadline)))
+        return min(looks_old, observed.seconds_until(seen, deadline))
     written = observed.status.progress
-    return written.last_heartbeat_time if written is not None and observed.asked_since is not None else None
+    if written is None or written.last_heartbeat_time is None or observed.asked_since is None:
+        return None
+    return max(observed.seconds_until(written.last_heartbeat_time, deadline), observed.seconds_until(observed.asked_since, moment))
 
 
-def _seconds_to_ask(observed: Observed, settings: Settings) -> float:
-    """Seconds that rank 0 still has to answer a process that knows its heartbeat from the status only."""
-    if observed.progress is not None or observed.asked_since is None:
-        return 0.0
-    return observed.seconds_until(observed.asked_since, settings.unanswered_seconds)
-
-
-def _hang(observed: Observed, heartbeat: datetime) -> Verdict:
+def _hang(observed: Observed) -> Verdict:
     told = observed.progress or observed.status.progress
+    times = [told.last_heartbeat_time if told is not None else None, observed.heartbeat_seen if observed.progress is not None else None]
+    since = min(time for time in times if time is not None)
     where = f"; it was at stage {told.stage}, step {told.steps}" if told is not None else ""
     deadline = observed.policy.progress_deadline_seconds
     node = next((pod.node for pod in observed.gang if pod.node_rank == 0), None)
-    message = f"the trainer has shown no progress since {seconds_of(heartbeat):%Y-%m-%dT%H:%M:%SZ}, for {deadline} s (runPolicy.progressDeadlineSeconds){where}"
+    message = f"the trainer has shown no progress since {seconds_of(since):%Y-%m-%dT%H:%M:%SZ}, for {deadline} s (runPolicy.progressDeadlineSeconds){where}"
     return Verdict(Reason.HANG, message, node=node)

@@ -127,7 +127,8 @@ class PodTemplate(Contract):
         None,
         description="PodSpec; the trainer's container is `trainer`, as in `{priorityClassName: research, containers: [{name: trainer, envFrom: [...]}]}`. Containers, ports and volume mounts "
         "are merged by name, port and path; volumes and variables of a name are replaced, and so are tolerations and all other lists; null or `$patch: delete` takes away. "
-        "What the gang needs stays: its variables, command, host names, labels, restartPolicy and run file.",
+        "What the gang needs stays: its variables, command, host names, labels, restartPolicy and run file. Host namespaces and folders, privileges, root and a service-account token are refused "
+        "unless the operator's setting allowPrivilegedTemplates is true.",
     )
 
 
@@ -193,7 +194,7 @@ class WorkVolume(Contract):
 
     claim_name: ClaimName | None = Field(None, description="Name of an existing PersistentVolumeClaim in the job's namespace.")
     volume_claim_template: ClaimTemplate | None = Field(
-        None, description="A claim that the operator makes, named `<job>-work`; a later job of the same name uses it again."
+        None, description="A claim that the operator makes, named `<job>-work`; a later job of the same name uses it again, as it is."
     )
 
     @model_validator(mode="after")
@@ -223,7 +224,7 @@ class Volumes(Contract):
         description="Checkpoints and results; mounted at /work, `./` in a source or dataset. Required in a cluster unless the operator's settings give one.",
     )
     persistent_volume_claim_retention_policy: RetentionPolicy = Field(
-        RetentionPolicy(), description="What becomes of a claim that was made from volumeClaimTemplate."
+        RetentionPolicy(), description="What becomes of a claim that was made from volumeClaimTemplate; not of one that an earlier job has left."
     )
 
 

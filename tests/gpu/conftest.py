@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -69,8 +70,44 @@ LACKING = pytest.StashKey[list[str]]()
 FIGURES = pytest.StashKey[dict[str, dict[str, Any]]]()
 
 
+class Record:
+    """Written anew after every test, so that a session that is killed leaves what it has."""
+
+    def __init__(self, path: Path, config: pytest.Config) -> None:
+        self.path, self.config = path, config
+        self.tests: dict[str, dict[str, Any]] = {}
+        self.machine: dict[str, Any] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            self.tests[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
+            if not report.passed:
+                self.tests[report.nodeid]["message"] = report.longreprtext[-4000:]
+        elif report.when == "teardown":
+            self.write()
+
+    def pytest_sessionfinish(self) -> None:
+        self.write()
+
+    def write(self) -> None:
+        self.machine = self.machine or describe_machine()
+        content = {
+            "date": date.today().isoformat(),
+            "command": " ".join(["python", *sys.argv]),
+            "machine": self.machine,
+            "tests": self.tests,
+            "not_run": self.config.stash.get(LACKING, []),
+            "figures": {name: figures for name, figures in self.config.stash[FIGURES].items() if figures},
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = {}
+    path = config.getoption("--record", default=None)
+    if path is not None:
+        config.pluginmanager.register(Record(path, config))
 
 
 @pytest.fixture
@@ -83,28 +120,12 @@ def note(request: pytest.FixtureRequest) -> Callable[..., None]:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for line in config.stash.get(LACKING, []):
         terminalreporter.write_line(f"not run: {line}")
-    record = config.getoption("--record", default=None)
-    if record is not None:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(describe_session(terminalreporter, config), indent=1) + "\n")
-
-
-def describe_session(terminalreporter: Any, config: pytest.Config) -> dict[str, Any]:
-    reports = [(outcome, report) for outcome in ("passed", "failed", "error") for report in terminalreporter.stats.get(outcome, [])]
-    return {
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": describe_machine(),
-        "tests": {report.nodeid: {"outcome": outcome, "seconds": round(report.duration, 2)} for outcome, report in reports},
-        "not_run": config.stash.get(LACKING, []),
-        "figures": {name: figures for name, figures in config.stash[FIGURES].items() if figures},
-    }
 
 
 def describe_machine() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     installed = {name: version for name in PACKAGES if (version := version_of(name))}
-    gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines() if shutil.which("nvidia-smi") else []
     return {"gpus": gpus, "cores": os.cpu_count(), "python": platform.python_version(), "packages": installed}
 
 

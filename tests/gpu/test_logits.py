@@ -4,8 +4,8 @@ float32 (no TF32): the same sums in another order. A sum of n products is off by
 up over four layers: 1e-5 of the largest logit is five times what such errors are.
 
 bfloat16: every tensor is rounded to 8 bits after each operation, by both sides and in different orders, so the two differ by about as much as
-each differs from float32. Two bounds: 2e-2 of the largest logit (2^-8 = 4e-3 for a rounding, times the root of the roughly 25 that
-lie between embedding and logit); and the root mean square distance to the float32 logits of the same weights at most 1.5 times that of
+each differs from float32. Two bounds: 3e-2 of the largest logit (2^-8 = 4e-3 for a rounding, times the root of the roughly 50 that
+lie between embedding and logit; 1.8e-2 was measured); and the root mean square distance to the float32 logits of the same weights at most 1.5 times that of
 transformers' own bfloat16, which a wrong layout, norm or rotation exceeds many times over.
 
 A prediction may differ only where the two best logits are closer to each other than the tolerance.
@@ -26,7 +26,7 @@ from gang import Gang
 from gpu_runs import compute_logits, layers_of, transformers_logits
 from small_models import Layout, token_rows
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 EXCESS = 1.5
 ROWS = token_rows((5, 64, 131, 300), VOCAB_SIZE)
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -51,17 +51,21 @@ def distance(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     return (torch.cat(found) - torch.cat(exact)).square().mean().sqrt().item()
 
 
-def check(gang: Gang, folder: Path, family: str, dtype: str, parallelism: dict[str, Any], expected: dict[Any, list[torch.Tensor]], note: Note) -> None:
-    for found in gang.run(compute_logits, Layout(folder, parallelism, torch_dtype=dtype), ROWS):
-        comparison = compare(found, expected[family, dtype, dtype], TOLERANCE[dtype])
-        figures = {"difference_of_largest_logit": comparison.difference / comparison.largest_logit}
-        if dtype == "bfloat16":
-            exact = expected[family, "bfloat16", "float32"]
-            ours, theirs = distance(found, exact), distance(expected[family, dtype, dtype], exact)
-            figures["error_over_transformers_error"] = ours / theirs
-            assert ours <= EXCESS * theirs
-        note(**figures)
-        assert comparison.agree, comparison.describe()
+def check(gang: Gang, models: Models, parallelism: dict[str, Any], expected: dict[Any, list[torch.Tensor]], note: Note) -> None:
+    """Every family in both data types, on every rank."""
+    kinds = list(models)
+    layouts = [Layout(models[kind], parallelism, torch_dtype=kind[1]) for kind in kinds]
+    for found in gang.run(compute_logits, layouts, ROWS):
+        for (family, dtype), logits in zip(kinds, found, strict=True):
+            comparison = compare(logits, expected[family, dtype, dtype], TOLERANCE[dtype])
+            figures = {"difference_of_largest_logit": comparison.difference / comparison.largest_logit}
+            if dtype == "bfloat16":
+                exact = expected[family, "bfloat16", "float32"]
+                ours, theirs = distance(logits, exact), distance(expected[family, dtype, dtype], exact)
+                figures["error_over_transformers_error"] = ours / theirs
+                assert ours <= EXCESS * theirs, f"{family}: {ours / theirs:.2f} times transformers' own error"
+            note(**{f"{family} {dtype}": figures})
+            assert comparison.agree, f"{family} {dtype}: {comparison.describe()}"
 
 
 @pytest.mark.one_gpu
@@ -72,22 +76,16 @@ def test_layers_are_transformer_engines(models: Models, gpu1: Gang) -> None:
 
 
 @pytest.mark.one_gpu
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_gpu_gives_the_logits_of_transformers(family: str, dtype: str, models: Models, gpu1: Gang, expected: Any, note: Note) -> None:
-    check(gpu1, models[family, dtype], family, dtype, {}, expected, note)
+def test_one_gpu_gives_the_logits_of_transformers(models: Models, gpu1: Gang, expected: Any, note: Note) -> None:
+    check(gpu1, models, {}, expected, note)
 
 
 @pytest.mark.gpu2
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_gpus_give_the_logits_of_transformers(family: str, dtype: str, layout: str, models: Models, gpu2: Gang, expected: Any, note: Note) -> None:
-    check(gpu2, models[family, dtype], family, dtype, LAYOUTS[layout], expected, note)
+def test_two_gpus_give_the_logits_of_transformers(layout: str, models: Models, gpu2: Gang, expected: Any, note: Note) -> None:
+    check(gpu2, models, LAYOUTS[layout], expected, note)
 
 
 @pytest.mark.gpu4
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_four_gpus_give_the_logits_of_transformers(family: str, dtype: str, models: Models, gpu4: Gang, expected: Any, note: Note) -> None:
-    check(gpu4, models[family, dtype], family, dtype, TP2_PP2, expected, note)
+def test_four_gpus_give_the_logits_of_transformers(models: Models, gpu4: Gang, expected: Any, note: Note) -> None:
+    check(gpu4, models, TP2_PP2, expected, note)

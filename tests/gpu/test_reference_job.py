@@ -1,13 +1,16 @@
 """The reference job, end to end, on two GPUs; and its losses beside those of ms-swift on the same batches from the same weights.
 
-Beside ms-swift: 2e-3, of losses near 12.6. Both compute in bfloat16 with the same kernels, but add the adapter's share to the output in another
-order, so that some activations are rounded the other way; two runs of ms-swift with different dropout differ by as much.
+Beside ms-swift: 2e-3, of losses near 12.6, on the long rows. Both compute in bfloat16, but not with the same roundings: the rotary embedding's cosines are
+float32 here and bfloat16 there, and the adapter's share is added to the output before or after it is rounded. Over 28 layers of random weights that makes the
+loss of a token differ by 0.08 (root mean square, measured), either way, so that the mean over n labelled tokens differs by 0.08 / sqrt(n): 5e-4
+over the 25,000 of a long batch, 2e-3 over the 2,000 of a batch of short rows. Those may differ by four times that at each step, and by 1e-3 over all.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shlex
 import statistics
@@ -15,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from gpu_runs import forget_attention_backend
 
 HERE = Path(__file__).parent
 STEPS, TOLERANCE = 20, 2e-3
+NOISE = 0.08
 TRAIN_ITERS = 22
 PEER_FLAGS = shlex.split("""
     --model_type qwen2 --template qwen2_5 --save_safetensors false --tensor_model_parallel_size 2 --sequence_parallel true --global_batch_size 16
@@ -172,21 +175,17 @@ def config_of(model: Path, output: Path) -> RunConfig:
     )
 
 
-@dataclass(frozen=True)
-class Difference:
-    largest: float
-    step: int
-
-
-def largest_difference(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> Difference:
-    return max(
-        (Difference(abs(a["loss"] - b["loss"]), step + 1) for step, (a, b) in enumerate(zip(ours[:STEPS], theirs, strict=True))), key=lambda d: d.largest
-    )
+def check_losses(data: str, ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> None:
+    differences = [a["loss"] - b["loss"] for a, b in zip(ours, theirs, strict=True)]
+    for step, (difference, their) in enumerate(zip(differences, theirs, strict=True), start=1):
+        tolerance = TOLERANCE if data == "long2048" else 4 * NOISE / math.sqrt(their["labelled"])
+        assert abs(difference) <= tolerance, f"step {step} differs by {difference:.2g}, more than {tolerance:.2g}"
+    assert abs(statistics.mean(differences)) <= TOLERANCE / 2
 
 
 @pytest.mark.gpu2
 @pytest.mark.peer
-@pytest.mark.parametrize("data", ["mixed1500", "long2048"])
+@pytest.mark.parametrize("data", ["long2048", "mixed1500"])
 def test_losses_are_those_of_ms_swift_on_its_batches(data: str, reference_model: Path, gpu2: Gang, tmp_path: Path, note: Note) -> None:
     folder = tmp_path / "peer"
     folder.mkdir()
@@ -202,7 +201,7 @@ def test_losses_are_those_of_ms_swift_on_its_batches(data: str, reference_model:
     assert len(rows) == STEPS * 16
     rows += rows[: (TRAIN_ITERS - STEPS) * 16]  # steps that nobody looks at
     ours = gpu2.run(repeat, config_of(reference_model, tmp_path / "ours"), rows, folder, deadline_seconds=300)[0]
-    difference = largest_difference(ours, theirs)
-    note(peer_seconds=seconds, largest_difference=difference.largest, at_step=difference.step, ours=ours[:STEPS], theirs=theirs)
+    differences = [abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=False)]
+    note(peer_seconds=seconds, largest_difference=max(differences), ours=ours[:STEPS], theirs=theirs)
     assert [each["learning_rate"] for each in ours[:STEPS]] == pytest.approx([each["learning_rate"] for each in theirs])
-    assert difference.largest <= TOLERANCE, f"step {difference.step} differs by {difference.largest:.2g}"
+    check_losses(data, ours[:STEPS], theirs)

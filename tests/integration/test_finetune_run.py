@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from factories import make_rows, make_tiny_model
@@ -40,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def finetune(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "finetune_operator", "run", "-f", str(folder / "job.yaml"), "--work", str(folder / "results"), *arguments]
+    return [sys.executable, "-m", "finetune_operator.cli", "run", "-f", str(folder / "job.yaml"), "--work", str(folder / "results"), *arguments]
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, list[str], str]:
@@ -139,3 +141,35 @@ def test_missing_model_is_refused_in_a_sentence(folder: Path) -> None:
     assert errors == f"finetune: {folder}/job.yaml:6: spec.model.source: there is no folder {folder}/nowhere\n"
     assert not (folder / "results").exists()
     assert "Traceback" not in errors
+
+
+def process_of_rank(launchers: psutil.Process, rank: int) -> psutil.Process:
+    ranks = [each for each in launchers.children(recursive=True) if each.environ().get("LOCAL_RANK") is not None and each.environ().get("RANK") == str(rank)]
+    return min(ranks, key=lambda each: each.create_time())
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "start"),
+    [
+        (signal.SIGKILL, 137, "Internal (rank 1): rank 1 was killed by signal SIGKILL"),
+        (signal.SIGSTOP, 21, "Hang (rank 0): a collective did not end within parallelism.ddpTimeout: "),
+    ],
+    ids=["killed", "hung"],
+)
+def test_a_rank_of_another_node_that_dies_or_hangs_ends_the_run_with_its_reason(
+    folder: Path, number: signal.Signals, code: int, start: str, record_property: Callable[[str, object], None]
+) -> None:
+    job = (JOB % {"steps": 2000, "nodes": 2}).replace("  nodes:", "  parallelism: {ddpTimeout: 20}\n  nodes:")
+    (folder / "job.yaml").write_text(job)
+    process = subprocess.Popen(finetune(folder), cwd=folder / "cwd", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet())
+    assert process.stdout is not None
+    assert any(line.startswith("step ") for line in process.stdout)
+    began = time.monotonic()
+    process_of_rank(psutil.Process(process.pid), 1).send_signal(number)
+    _, errors = process.communicate(timeout=DEADLINE_SECONDS)
+    seconds = round(time.monotonic() - began, 1)
+    record_property("seconds to the end", seconds)
+    print(f"{number.name}: the run ended after {seconds} s")
+    assert (process.returncode, errors.startswith(start)) == (code, True), errors
+    (results,) = result_folders(folder)
+    assert start.startswith(f"{read_report(results)['failure']['reason']} ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import IO, Any
 import pytest
 
 from finetune_operator import gang, local
+from finetune_trainer.contract import ConfigurationError
 from jobs import load_job, write_job
 
 PROGRAM = Path(__file__).with_name("launcher_program.py")
@@ -96,6 +98,44 @@ def test_each_node_gets_its_own_share_of_the_gpus(tmp_path: Path) -> None:
         nodes = local.launchers(claimed, ("launcher",), {"CUDA_VISIBLE_DEVICES": "7,6,5,4"}, ["7", "6", "5", "4"])
     assert [node.environment["CUDA_VISIBLE_DEVICES"] for node in nodes] == ["7,6", "5,4"]
     assert nodes[0].command == ("launcher", str(claimed.folder / "run.json"))
+
+
+@pytest.fixture
+def four_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose nvidia-smi shows four cards."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nfor card in 0 1 2 3; do echo $card, GPU-$card, 81920; done\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def on_gpus(**nodes: Any) -> dict[str, Any]:
+    return {"count": 2, "processesPerNode": 2, "env": [{"name": "BEHAVIOUR", "value": "finish"}], **nodes}
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(("visible", "shares"), [(None, ["0,1", "2,3"]), ("3,1,0,2", ["3,1", "0,2"]), ("", ["", ""])])
+def test_nodes_of_one_machine_have_cards_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, shares: list[str]) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert run(tmp_path, nodes=on_gpus()) == 0
+    assert [environment(tmp_path, node)["CUDA_VISIBLE_DEVICES"] for node in (0, 1)] == shares
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(("visible", "count", "shown"), [(None, 3, "shows 4;"), ("0,1,2", 2, "shows 3 (CUDA_VISIBLE_DEVICES is '0,1,2');")])
+def test_some_cards_but_too_few_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int, shown: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ConfigurationError) as error:
+        run(tmp_path, nodes=on_gpus(count=count))
+    assert f"nodes: count {count} with processesPerNode 2 needs {2 * count} GPUs, one per process; this machine {shown}" in str(error.value)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_when_one_node_fails_all_end_and_its_reason_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from finetune_operator import names
 from kube_api import ApiServer, start_api_server
+from kube_processes import until
 from operator_jobs import Team, progress
 from operator_process import START_SECONDS, SYSTEM_NAMESPACE, Operator, Trainers, install
 
@@ -55,8 +56,8 @@ def replica(operator_kubeconfig: Path, trainers: Trainers, tmp_path: Path) -> It
     """Starts a replica by its name, with settings; it is ended with the test."""
     started: list[Operator] = []
 
-    def start(name: str = "operator-0", **settings: Any) -> Operator:
-        made = Operator(tmp_path, operator_kubeconfig, name, progressPort=trainers.port, **settings).start()
+    def start(name: str = "operator-0", kubeconfig: Path = operator_kubeconfig, **settings: Any) -> Operator:
+        made = Operator(tmp_path, kubeconfig, name, progressPort=trainers.port, **settings).start()
         started.append(made)
         return made
 
@@ -246,6 +247,59 @@ def test_operator_of_some_namespaces_serves_no_other(team: Team, api: ApiServer,
     assert (other.status(), other.names("pods")) == ({}, [])
     assert {dict(labels)["namespace"] for labels in operator.samples("finetune_jobs")} == {team.namespace}
     other.remove()
+
+
+def test_namespace_without_rights_is_left_out_until_it_has_them(team: Team, api: ApiServer, trainers: Trainers, replica: Start) -> None:
+    """The operator ends when there is more to serve than it has found, and what starts it anew is a kubelet."""
+    other = Team(api, api.create_namespace(f"{team.namespace}-closed"), trainers)
+    kubeconfig = api.user_kubeconfig("limited-operator")
+    for place in (SYSTEM_NAMESPACE, team.namespace):
+        allow(api, place, "limited-operator")
+    settings = {"watchNamespaces": [other.namespace, team.namespace], "resyncSeconds": 1}
+    operator = replica(kubeconfig=kubeconfig, **settings).until_leading()
+    other.create()
+    team.create()
+    team.until_attempt(1)
+    text = operator.log.read_text()
+    assert text.count(f"namespace {other.namespace} cannot be served for now") == 1
+    assert operator.runs
+    allow(api, other.namespace, "limited-operator")
+    team.until(lambda: not operator.runs, "it has ended", START_SECONDS)
+    assert f"namespace {other.namespace} can be served now" in operator.log.read_text()
+    assert holder(team) == ""
+    replica(kubeconfig=kubeconfig, **settings).until_leading()
+    other.until_attempt(1)
+    assert team.status()["attempt"] == 1
+    other.remove()
+
+
+def allow(api: ApiServer, namespace: str, user: str) -> None:
+    """Everything in a namespace."""
+    subject = {"kind": "User", "name": user, "apiGroup": "rbac.authorization.k8s.io"}
+    role = {"kind": "ClusterRole", "name": "cluster-admin", "apiGroup": "rbac.authorization.k8s.io"}
+    body = {"metadata": {"name": user}, "subjects": [subject], "roleRef": role}
+    api.post(f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings", body)
+
+
+def test_definition_that_is_missing_is_waited_for_and_one_that_goes_ends_the_operator(team: Team, api: ApiServer, replica: Start) -> None:
+    definition = f"crd/{names.PLURAL}.{names.GROUP}"
+    api.kubectl("delete", definition)
+    operator = replica(resyncSeconds=1)
+    team.until(lambda: operator.log.exists() and "apply the CustomResourceDefinition" in operator.log.read_text(), "it waits", START_SECONDS)
+    assert operator.probe("/readyz") == (503, "the watches have not begun")
+    install(api)
+    operator.until_leading()
+    team.create()
+    team.until_attempt(1)
+    assert operator.log.read_text().count("apply the CustomResourceDefinition") == 1
+    api.kubectl("delete", definition)
+    try:
+        until(lambda: not operator.runs, START_SECONDS, "it has ended")
+    finally:
+        install(api)
+    replica().until_leading()
+    team.create("again")
+    team.until_attempt(1, "again")
 
 
 def test_a_quiet_minute_makes_no_write(team: Team, replica: Start, audit: Path) -> None:

@@ -43,7 +43,8 @@ def test_service_has_no_address_and_names_pods_before_they_are_ready(team: Team)
     assert (service["metadata"]["name"], service["metadata"]["labels"]) == ("job", CHILD_LABELS)
     assert service["metadata"]["ownerReferences"] == owner(job)
     spec = service["spec"]
-    assert (spec["clusterIP"], spec["publishNotReadyAddresses"], spec["selector"]) == ("None", True, {"finetune.mcore.dev/job-name": "job"})
+    assert (spec["clusterIP"], spec["publishNotReadyAddresses"]) == ("None", True)
+    assert spec["selector"] == {"finetune.mcore.dev/job-name": "job", "finetune.mcore.dev/job-uid": job["metadata"]["uid"][:8]}
     assert {port["name"]: port["port"] for port in spec["ports"]} == {"progress": team.trainers.port, "master": 29500}
 
 
@@ -53,8 +54,8 @@ def test_pods_of_a_gang_are_named_labelled_owned_and_addressed(team: Team) -> No
     pods = team.until_attempt(1)
     assert [pod["metadata"]["name"] for pod in pods] == ["job-1-0", "job-1-1"]
     for rank, pod in enumerate(pods):
-        labels = {**CHILD_LABELS, "finetune.mcore.dev/attempt": "1", "finetune.mcore.dev/node-rank": str(rank)}
-        assert pod["metadata"]["labels"] == labels
+        own = {"finetune.mcore.dev/job-uid": job["metadata"]["uid"][:8], "finetune.mcore.dev/attempt": "1", "finetune.mcore.dev/node-rank": str(rank)}
+        assert pod["metadata"]["labels"] == {**CHILD_LABELS, **own}
         assert pod["metadata"]["ownerReferences"] == owner(job)
         assert "finalizers" not in pod["metadata"]
         assert (pod["spec"]["hostname"], pod["spec"]["subdomain"], pod["spec"]["restartPolicy"]) == (f"job-{rank}", "job", "Never")
@@ -156,10 +157,14 @@ def test_where_pods_run_and_what_they_get_is_the_users(team: Team) -> None:
 def test_pod_template_is_laid_over_the_pods_but_the_gangs_names_stay(team: Team) -> None:
     sidecar = {"name": "logs", "image": "registry.example/logs:1"}
     own = {"name": "trainer", "env": [{"name": "RANK", "value": "7"}, {"name": "OMP_NUM_THREADS", "value": "2"}]}
-    template = {"metadata": {"labels": {"team": "a", names.JOB_LABEL: "other"}}, "spec": {"hostname": "mine", "containers": [own, sidecar]}}
-    team.create(nodes={"podTemplate": template})
+    template = {
+        "metadata": {"labels": {"team": "a", names.JOB_LABEL: "other", names.UID_LABEL: "other"}},
+        "spec": {"hostname": "mine", "containers": [own, sidecar]},
+    }
+    job = team.create(nodes={"podTemplate": template})
     master = team.until_attempt(1)[0]
-    assert (master["metadata"]["labels"]["team"], master["metadata"]["labels"][names.JOB_LABEL]) == ("a", "job")
+    labels = master["metadata"]["labels"]
+    assert (labels["team"], labels[names.JOB_LABEL], labels[names.UID_LABEL]) == ("a", "job", job["metadata"]["uid"][:8])
     assert [container["name"] for container in master["spec"]["containers"]] == ["trainer", "logs"]
     assert (environment(master)["RANK"], environment(master)["OMP_NUM_THREADS"], master["spec"]["hostname"]) == ("0", "2", "job-0")
 

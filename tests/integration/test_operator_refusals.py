@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from finetune_operator import names
+from kube_api import ApiError
 from operator_jobs import Team, progress
 from operator_process import Operator
 
@@ -47,6 +49,10 @@ BAD: dict[str, tuple[Json, str]] = {
     "unknown policy": (pod_template(dnsPolicy="Sometimes"), 'spec.dnsPolicy: Unsupported value: "Sometimes"'),
     "field of another type": (pod_template(priority="high"), "the API server refuses Pod job-1-0: "),
     "mount without a volume": (pod_template(containers=[{**TRAINER, "volumeMounts": [{"name": "none", "mountPath": "/none"}]}]), 'Not found: "none"'),
+    "a folder of the node": (
+        pod_template(volumes=[{"name": "work", "hostPath": {"path": "/"}}]),
+        "spec.nodes.podTemplate.spec.volumes[0].hostPath: a pod template may not ask for this",
+    ),
     "limit below the request": (
         {"nodes": {"resources": {"requests": {"cpu": "8"}, "limits": {"cpu": "4"}}}},
         "spec.containers[0].resources.requests",
@@ -189,6 +195,76 @@ def test_job_made_again_at_once_under_the_same_name_has_its_own_pods_only(team: 
     assert "progress" not in team.status()
     team.succeed(pods)
     team.until_condition("Succeeded")
+
+
+@pytest.mark.usefixtures("operator")
+def test_pods_of_an_earlier_job_are_waited_for_also_where_no_name_is_theirs(team: Team) -> None:
+    """Those of its second gang, which the first one of the new job would run beside."""
+    team.create()
+    pods = team.until_attempt(1)
+    team.run(pods, progress())
+    team.end(pods[0], 1)
+    old = team.until_attempt(2)
+    team.hold(old[1])
+    team.remove()
+    made = team.create()
+    team.until(lambda: team.condition("Reconciling").get("reason") == "WaitingForOldPods", "it waits for the old pod")
+    team.until(lambda: team.names() == ["job-2-1"], "the other one is gone")
+    words = "Pod job-2-1 of an earlier job of this name is still there"
+    team.until(lambda: team.condition("Ready")["message"] == words, "it waits for the one that is held")
+    team.release(old[1])
+    new = team.until_attempt(1)
+    uid = made["metadata"]["uid"][:8]
+    (service,) = team.all("services")
+    assert service["spec"]["selector"] == {names.JOB_LABEL: "job", names.UID_LABEL: uid}
+    assert [pod["metadata"]["labels"][names.UID_LABEL] for pod in new] == [uid, uid]
+    assert [pod["metadata"]["labels"][names.UID_LABEL] for pod in old] != [uid, uid]
+
+
+POLICY: Json = {
+    "failurePolicy": "Fail",
+    "matchConstraints": {"resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]},
+    "validations": [{"expression": "false", "message": "no pods today", "reason": "Invalid"}],
+}
+
+
+@pytest.fixture
+def policy(team: Team) -> Iterator[str]:
+    """A ValidatingAdmissionPolicy that lets no pod into the team's namespace; its path."""
+    name, group = f"none-of-{team.namespace}", "/apis/admissionregistration.k8s.io/v1"
+    selector = {"matchLabels": {"kubernetes.io/metadata.name": team.namespace}}
+    binding = {"policyName": name, "validationActions": ["Deny"], "matchResources": {"namespaceSelector": selector}}
+    for plural, kind, spec in (("policies", "Policy", POLICY), ("policybindings", "PolicyBinding", binding)):
+        body = {"kind": f"ValidatingAdmission{kind}", "apiVersion": "admissionregistration.k8s.io/v1", "metadata": {"name": name}, "spec": spec}
+        team.api.post(f"{group}/validatingadmission{plural}", body)
+    team.until(lambda: is_refused(team), "the policy is in force")
+    path = f"{group}/validatingadmissionpolicybindings/{name}"
+    yield path
+    if team.api.find(path) is not None:
+        team.api.delete(path)
+    team.api.delete(f"{group}/validatingadmissionpolicies/{name}")
+
+
+def is_refused(team: Team) -> bool:
+    """Whether a pod that is only tried is refused, with the code of an invalid one."""
+    try:
+        team.api.post(team.path("pods"), {"metadata": {"name": "tried"}, "spec": {"containers": [{"name": "mine", "image": "i"}]}}, dryRun="All")
+    except ApiError as error:
+        if error.status != 422:
+            raise
+        return True
+    return False
+
+
+@pytest.mark.usefixtures("operator")
+def test_policy_that_calls_pods_invalid_holds_a_job_until_it_is_gone(team: Team, policy: str) -> None:
+    team.create()
+    team.until(lambda: team.condition("Reconciling").get("reason") == "CreationRefused", "it is refused")
+    assert "no pods today" in team.condition("Ready")["message"]
+    assert (team.names(), team.status()["phase"]) == ([], "Pending")
+    team.api.delete(policy)
+    team.until_attempt(1)
+    assert "Failed" not in team.states()
 
 
 @pytest.mark.usefixtures("operator")

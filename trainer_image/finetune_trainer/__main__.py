@@ -39,7 +39,7 @@ from finetune_trainer.contract import (
     VerificationError,
     exit_for,
 )
-from finetune_trainer.launch import Failure
+from finetune_trainer.failures import Failure, leave_failure
 from finetune_trainer.report import Report
 
 if TYPE_CHECKING:
@@ -358,7 +358,7 @@ def leave(failure: Failure, report: Report | None, identity: str) -> None:
     """Hand the failure to the launcher, or say it where there is none; leave rank 0's report."""
     folder = launch.failure_folder()
     if folder is not None:
-        launch.leave_failure(folder, failure)
+        leave_failure(folder, failure)
     else:
         print(failure.trace or failure.report.message, file=sys.stderr, flush=True)
     if report is not None:

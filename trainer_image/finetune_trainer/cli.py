@@ -30,6 +30,7 @@ USAGE = """usage: megatron sft FLAGS          train: full-parameter or LoRA, fro
        megatron --version
 
 Processes: NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and CUDA_VISIBLE_DEVICES in the environment.
+Of several nodes, node 0 is reached on MASTER_PORT by the ranks and on the port after it by the launchers, which end together.
 """
 LATER = ("pt", "export", "infer", "rlhf")
 _VERSION_FOLDER = re.compile(r"v(\d+)-\d{8}-\d{6}")

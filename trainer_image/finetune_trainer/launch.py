@@ -1,13 +1,13 @@
 """The launcher of one node: starts the ranks, ends them as one, and keeps the failure of the rank that failed first.
 
 The environment is torchrun's, PET_* included. Each rank leaves a failure as a small JSON file in a folder that the launcher
-names; out of these the launcher picks the cause, says it once, and exits with that rank's code. Nothing here imports torch.
+names; out of these the launcher picks the cause (``failures.py``), agrees with the launchers of the other nodes on the one that counts
+(``watch.py``), says it once, and exits with that rank's code. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import queue
 import signal
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,18 +25,26 @@ from pathlib import Path
 from types import FrameType
 
 from finetune_trainer import report
-from finetune_trainer.contract import ConfigurationError, EngineError, FailureReport, Reason, RunConfig, RunReport, exit_for, exit_of
+from finetune_trainer.contract import ConfigurationError, EngineError, Reason, RunConfig, RunReport, exit_for
+from finetune_trainer.failures import End, Failure, choose_failure, make_failure, read_failures
 from finetune_trainer.model_folder import check_model_folder, find_local_folder
+from finetune_trainer.watch import News, Seat, Watch, open_watch
 
 RANK_PROGRAM = (sys.executable, "-P", "-m", "finetune_trainer")
 FAILURE_FOLDER = "FINETUNE_FAILURE_FOLDER"
 LINGER_SECONDS = 1.0
 """Time that the other ranks have to leave their own failures once one has died."""
-CONSEQUENCES = (Reason.DISTRIBUTED, Reason.HANG, Reason.PREEMPTED)
-"""Reasons that may only be what another rank's end looks like from outside."""
+LAST_WORDS_BYTES = 2**14
+"""Of a rank's standard error, kept for the reason of one that can leave none."""
+FORWARD_SECONDS = 1.0
+"""Time that the last words of a rank that has ended may take to come, should a process that it has left hold its standard error."""
+DEVICE_FOLDER = Path("/dev")
 PR_SET_PDEATHSIG = 1
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 """A run in float32 means float32: transformer-engine's float32 products take TF32 otherwise, whose 10 bits part from transformers' logits by 5e-4."""
+
+PROMPT = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+"""A collective that times out ends its process at once: otherwise torch waits another minute for a dump that nobody has asked for."""
 
 QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -58,15 +66,6 @@ class Node:
     master_port: int
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why one rank failed, as it or the launcher says; ``trace`` is the traceback of an Internal failure."""
-
-    report: FailureReport
-    time: float
-    trace: str = ""
-
-
 @dataclass
 class Rank:
     """One process of this node."""
@@ -76,44 +75,59 @@ class Rank:
     killed: bool = False
     """Whether the launcher ended it, so that its exit code says nothing."""
     ended: float | None = None
+    words: bytes = b""
+    """The last that it wrote to standard error."""
+    forwarder: threading.Thread | None = None
+
+    def end(self) -> End:
+        """How it ended."""
+        return End(self.rank, self.process.returncode, self.killed, self.ended, self.words.decode(errors="replace"))
 
 
 @dataclass
-class Watch:
+class Course:
     """What has happened to the ranks so far."""
 
-    ranks: Sequence[Rank]
     grace_seconds: float
+    ranks: list[Rank] = field(default_factory=list)
     stop_requested: bool = False
     deadline: float | None = None
-    events: queue.SimpleQueue[Rank | int] = field(default_factory=queue.SimpleQueue)
-    """A rank that has ended, or the number of a signal that has come."""
+    events: queue.SimpleQueue[Rank | News | int] = field(default_factory=queue.SimpleQueue)
+    """A rank that has ended, what another node's launcher has told, or the number of a signal that has come."""
 
 
 def launch(config: RunConfig | Path, environment: Mapping[str, str] | None = None, program: Sequence[str] = RANK_PROGRAM) -> int:
-    """Run one node's ranks to their end; the exit code is 0, or the one of the rank that failed first. Says the reason on stderr."""
+    """Run one node's ranks to their end; the exit code is 0, or the one of the rank of the gang that failed first. Says the reason on stderr."""
     environment = os.environ if environment is None else environment
     try:
         node = read_node(environment)
         loaded = config if isinstance(config, RunConfig) else RunConfig.load(config)
-        check_inputs(loaded)
     except EngineError as error:
         say(str(error))
         return exit_for(error.reason).code
     started = datetime.now(UTC)
-    with tempfile.TemporaryDirectory(prefix="finetune-") as name:
-        folder = Path(name)
-        path = folder / "run.json"
-        path.write_text(loaded.dump(), encoding="utf-8")
-        failure = _run([*program, str(path)], rank_environments(node, environment, folder), loaded, folder)
+    course = Course(loaded.run.grace_seconds)
+    watch = open_watch(take_seat(node, loaded), course.events.put, say)
+    with _signals(course):
+        watch.start()
+        own = _run(loaded, node, environment, program, course, watch)
+        failure = _agree(own, watch)
+        watch.close()
     if node.rank == 0:
         with suppress(OSError):  # rank 0 may have had no time to remove it, or no folder that can be written
             report.remove_address(loaded)
     if failure is None:
         return 0
-    _tell(failure)
+    _tell(failure, own)
     _leave_failure_report(loaded, node, failure, started)
     return failure.report.exit_code
+
+
+def take_seat(node: Node, config: RunConfig) -> Seat:
+    """This launcher's place among those of the gang."""
+    run = config.run
+    gang = "/".join(map(str, (run.namespace, run.name, run.uid, run.attempt, node.num_nodes, node.master_port)))
+    return Seat(gang, node.rank, node.num_nodes, node.master_address, node.master_port)
 
 
 def say(text: str) -> None:
@@ -135,17 +149,33 @@ def check_inputs(config: RunConfig) -> None:
         find_source(entry)
 
 
-def _run(command: Sequence[str], environments: Sequence[Mapping[str, str]], config: RunConfig, folder: Path) -> Failure | None:
-    ranks: list[Rank] = []
-    watch = Watch(ranks, config.run.grace_seconds)
-    with _signals(watch):
+def _run(config: RunConfig, node: Node, environment: Mapping[str, str], program: Sequence[str], course: Course, watch: Watch) -> Failure | None:
+    """The life of this node's ranks, and how it failed by itself."""
+    try:
+        check_devices(node, environment)
+        check_inputs(config)
+    except EngineError as error:
+        return make_failure(error.reason, str(error))
+    with tempfile.TemporaryDirectory(prefix="finetune-") as name:
+        folder = Path(name)
+        path = folder / "run.json"
+        path.write_text(config.dump(), encoding="utf-8")
         try:
-            for environment in environments:
-                ranks.append(_start(command, environment))
-            _follow(watch)
+            for one in rank_environments(node, environment, folder):
+                course.ranks.append(_start([*program, str(path)], one))
+            _follow(course, watch)
         finally:
-            _end(ranks)
-    return choose_failure(ranks, read_failures(folder), config, stop_requested=watch.stop_requested)
+            _end(course.ranks)
+        return choose_failure([rank.end() for rank in course.ranks], read_failures(folder), config, stop_requested=course.stop_requested)
+
+
+def _agree(own: Failure | None, watch: Watch) -> Failure | None:
+    """The failure that the gang ends with; this node's own with its traceback where it is that one."""
+    agreed = watch.agree(None if own is None else own.report)
+    if own is None or agreed is None:
+        return None if agreed is None else Failure(agreed, time.time())
+    same = (own.report.rank, own.report.node, own.report.reason) == (agreed.rank, agreed.node, agreed.reason)
+    return own if same else Failure(agreed, time.time())
 
 
 # The environment
@@ -191,6 +221,28 @@ def _read_num_processes(environment: Mapping[str, str]) -> int:
     return max(1, sum(1 for device in Path("/dev").glob("nvidia[0-9]*")))
 
 
+def check_devices(node: Node, environment: Mapping[str, str]) -> None:
+    """Refuse more processes than this node shows GPUs; where it shows none they run on the CPU. Raises ConfigurationError."""
+    wanted = environment.get("CUDA_VISIBLE_DEVICES")
+    present = sum(1 for _ in DEVICE_FOLDER.glob("nvidia[0-9]*"))
+    count = present if wanted is None else count_visible(wanted, present)
+    if 0 < count < node.num_processes:
+        shown = "" if wanted is None else f" (CUDA_VISIBLE_DEVICES is {wanted!r})"
+        raise ConfigurationError(
+            f"NPROC_PER_NODE is {node.num_processes}; this node shows {count} GPU{'s' if count > 1 else ''}{shown}, so it may be at most {count}; "
+            "an empty CUDA_VISIBLE_DEVICES runs the processes on the CPU"
+        )
+
+
+def count_visible(wanted: str, present: int) -> int:
+    """How many of the GPUs that are present CUDA_VISIBLE_DEVICES shows: as CUDA reads it, what comes after a wrong index is hidden."""
+    if not present:
+        return 0
+    names = [name.strip() for name in wanted.split(",")]
+    wrong = (index for index, name in enumerate(names) if not name.startswith(("GPU-", "MIG-")) and not (name.isdecimal() and int(name) < present))
+    return next(wrong, len(names))
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -200,7 +252,7 @@ def _free_port() -> int:
 
 def rank_environments(node: Node, environment: Mapping[str, str], folder: Path) -> list[dict[str, str]]:
     """The environment of each rank of this node; what the user has set about threads and logging stands."""
-    defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // node.num_processes)), **EXACT, **QUIET}
+    defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // node.num_processes)), **EXACT, **PROMPT, **QUIET}
     gang = {
         "WORLD_SIZE": node.num_nodes * node.num_processes,
         "LOCAL_WORLD_SIZE": node.num_processes,
@@ -235,8 +287,21 @@ def current_rank() -> int:
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> Rank:
     # A session of its own: Ctrl-C in a terminal reaches the launcher alone, and what a rank leaves behind can be ended with it.
-    process = subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=_ParentDeath(os.getpid()))
-    return Rank(int(environment["RANK"]), process)
+    process = subprocess.Popen(command, env=dict(environment), stderr=subprocess.PIPE, start_new_session=True, preexec_fn=_ParentDeath(os.getpid()))
+    rank = Rank(int(environment["RANK"]), process)
+    rank.forwarder = threading.Thread(target=_forward, args=(rank,), name=f"stderr of rank {rank.rank}", daemon=True)
+    rank.forwarder.start()
+    return rank
+
+
+def _forward(rank: Rank) -> None:
+    """Hand a rank's standard error on as it comes, and keep the end of it."""
+    assert rank.process.stderr is not None
+    with rank.process.stderr as stream:
+        while content := os.read(stream.fileno(), 2**16):
+            rank.words = (rank.words + content)[-LAST_WORDS_BYTES:]
+            with suppress(OSError):  # nobody reads the launcher's own
+                os.write(2, content)
 
 
 class _ParentDeath:
@@ -258,14 +323,14 @@ def die_with_parent(parent: int, libc: ctypes.CDLL | None = None) -> None:
 
 
 @contextmanager
-def _signals(watch: Watch) -> Iterator[None]:
+def _signals(course: Course) -> Iterator[None]:
     """Turn SIGTERM and SIGINT into events while the ranks live; only the main thread can, elsewhere they keep their meaning."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        watch.events.put(number)
+        course.events.put(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -275,45 +340,52 @@ def _signals(watch: Watch) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _follow(watch: Watch) -> None:
+def _follow(course: Course, watch: Watch) -> None:
     """Return when every rank has ended, or when those that have not are to be killed."""
-    for rank in watch.ranks:
-        threading.Thread(target=_await, args=(rank, watch.events), daemon=True).start()
-    running = len(watch.ranks)
+    for rank in course.ranks:
+        threading.Thread(target=_await, args=(rank, course.events), daemon=True).start()
+    running = len(course.ranks)
     while running:
         try:
-            event = watch.events.get(timeout=None if watch.deadline is None else max(0.0, watch.deadline - time.monotonic()))
+            event = course.events.get(timeout=None if course.deadline is None else max(0.0, course.deadline - time.monotonic()))
         except queue.Empty:
             return
         if isinstance(event, Rank):
             running -= 1
-            _note_end(watch, event)
-        elif watch.stop_requested:
-            return  # asked a second time: at once
-        else:
-            _request_stop(watch)
+            _note_end(course, event)
+        elif event is News.END or (event is not News.STOP and course.stop_requested):
+            return  # another node has failed, or this one is asked a second time: at once
+        elif not course.stop_requested:
+            if event is not News.STOP:
+                watch.request_stop()
+            _request_stop(course)
 
 
-def _await(rank: Rank, events: queue.SimpleQueue[Rank | int]) -> None:
+def _await(rank: Rank, events: queue.SimpleQueue[Rank | News | int]) -> None:
     rank.process.wait()
     rank.ended = time.time()
     events.put(rank)
 
 
-def _note_end(watch: Watch, rank: Rank) -> None:
+def _note_end(course: Course, rank: Rank) -> None:
     code = rank.process.returncode
-    preempted = watch.stop_requested and code == exit_for(Reason.PREEMPTED).code
-    if code != 0 and not preempted:
-        soon = time.monotonic() + LINGER_SECONDS
-        watch.deadline = soon if watch.deadline is None else min(watch.deadline, soon)
+    if code == exit_for(Reason.PREEMPTED).code:
+        _set_deadline(course, course.grace_seconds)  # the others are saving too, also where another node was asked to stop
+    elif code != 0:
+        _set_deadline(course, LINGER_SECONDS)
 
 
-def _request_stop(watch: Watch) -> None:
-    watch.stop_requested = True
-    deadline = time.monotonic() + watch.grace_seconds
-    watch.deadline = deadline if watch.deadline is None else min(watch.deadline, deadline)
-    for rank in watch.ranks:
+def _request_stop(course: Course) -> None:
+    course.stop_requested = True
+    _set_deadline(course, course.grace_seconds)
+    for rank in course.ranks:
         rank.process.send_signal(signal.SIGTERM)
+
+
+def _set_deadline(course: Course, seconds: float) -> None:
+    """Kill the ranks that live so long; an earlier deadline stays."""
+    deadline = time.monotonic() + seconds
+    course.deadline = deadline if course.deadline is None else min(course.deadline, deadline)
 
 
 def _end(ranks: Sequence[Rank]) -> None:
@@ -326,9 +398,11 @@ def _end(ranks: Sequence[Rank]) -> None:
             continue  # nothing is left of its session
     for rank in ranks:
         rank.process.wait()
+        if rank.forwarder is not None:
+            rank.forwarder.join(FORWARD_SECONDS)
 
 
-# Whose failure it is
+# What is left
 
 
 def failure_folder() -> Path | None:
@@ -337,79 +411,15 @@ def failure_folder() -> Path | None:
     return Path(name) if name else None
 
 
-def leave_failure(folder: Path, failure: Failure) -> None:
-    """Write a rank's failure for its launcher. Raises OSError."""
-    body = {"report": failure.report.model_dump(mode="json"), "time": failure.time, "trace": failure.trace}
-    report.write_atomically(folder / f"failure-{failure.report.rank}.json", json.dumps(body).encode())
-
-
-def read_failures(folder: Path) -> dict[int, Failure]:
-    """What the ranks have left, by rank."""
-    failures = {}
-    for path in folder.glob("failure-*.json"):
-        body = json.loads(path.read_bytes())
-        failure = Failure(FailureReport.model_validate(body["report"]), body["time"], body["trace"])
-        assert failure.report.rank is not None
-        failures[failure.report.rank] = failure
-    return failures
-
-
-def choose_failure(ranks: Sequence[Rank], left: Mapping[int, Failure], config: RunConfig, *, stop_requested: bool) -> Failure | None:
-    """The failure that the node ends with: the first that is not only the consequence of another; None when all ranks succeeded."""
-    failed = [rank for rank in ranks if rank.process.returncode != 0]
-    if not failed:
-        return None
-    stopped = [rank for rank in failed if stop_requested and rank.process.returncode == -signal.SIGTERM]
-    found = [left.get(rank.rank) or describe_end(rank) for rank in failed if rank not in stopped and (rank.rank in left or not rank.killed)]
-    own = [failure for failure in found if failure.report.reason not in CONSEQUENCES]
-    if own or not stop_requested:
-        return _first(own or found)
-    preempted = [failure for failure in found if failure.report.reason is Reason.PREEMPTED]
-    if preempted:
-        return _first(preempted)
-    return _stopped_outside_training(stopped[0], config) if stopped else _killed_late(failed[0].rank, config)
-
-
-def _first(failures: Iterable[Failure]) -> Failure:
-    return min(failures, key=lambda failure: failure.time)
-
-
-def describe_end(rank: Rank) -> Failure:
-    """The failure of a rank that could leave none: a signal by its name, or its exit code."""
-    code = rank.process.returncode
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = "; the kernel does so when memory runs out" if -code == signal.SIGKILL else ""
-        return _failure(Reason.INTERNAL, f"rank {rank.rank} was killed by signal {name}{hint}", rank.rank, 128 - code, rank.ended)
-    return _failure(exit_of(code).reason, f"rank {rank.rank} ended with exit code {code} and left no reason", rank.rank, code, rank.ended)
-
-
-def _stopped_outside_training(rank: Rank, config: RunConfig) -> Failure:
-    message = f"the run was asked to stop when no training was under way; {_onward(config)}"
-    return _failure(Reason.PREEMPTED, message, rank.rank, exit_for(Reason.PREEMPTED).code, rank.ended)
-
-
-def _killed_late(rank: int, config: RunConfig) -> Failure:
-    message = f"the run was asked to stop and was killed before it had ended by itself (graceSeconds is {config.run.grace_seconds:g}); {_onward(config)}"
-    return _failure(Reason.PREEMPTED, message, rank, exit_for(Reason.PREEMPTED).code, None)
-
-
-def _onward(config: RunConfig) -> str:
-    """What a run does that is started again."""
-    if config.checkpoints.no_save_optim:
-        return "noSaveOptim leaves the optimizer's state out of checkpoints, so it begins anew"
-    return "with resume auto it goes on from its newest checkpoint, if it has one"
-
-
-def _failure(reason: Reason, message: str, rank: int, code: int, ended: float | None) -> Failure:
-    return Failure(FailureReport(reason=reason, message=message, rank=rank, node=socket.gethostname(), exit_code=code), ended or time.time())
-
-
-def _tell(failure: Failure) -> None:
+def _tell(failure: Failure, own: Failure | None) -> None:
+    """Say why, and where, if that was on another node."""
+    message = failure.report.message.rstrip()
     if failure.trace:
         print(failure.trace.rstrip(), file=sys.stderr, flush=True)
+    elif failure is own or failure.report.rank is None:
+        say(message)
     else:
-        say(failure.report.message.rstrip())
+        say(f"{failure.report.node}, rank {failure.report.rank}: {message}")
 
 
 def _leave_failure_report(config: RunConfig, node: Node, failure: Failure, started: datetime) -> None:

@@ -29,6 +29,7 @@ megatron_cpu.install()
 from megatron.core import parallel_state  # noqa: E402  (after the redirection)
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer import ModuleSpec, TransformerConfig  # noqa: E402
@@ -366,10 +367,15 @@ def _capture(rows: list[torch.Tensor], sequence_parallel: bool) -> Callable[...,
     return hook
 
 
+def packed_sequences(cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedSeqParams:
+    """Where the sequences of a micro batch [1, tokens] begin and end, for attention and rotary embedding."""
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen)
+
+
 def _forward(chunks: Chunks, token_rows: list[list[int]], ranks: Ranks) -> list[torch.Tensor]:
     """Logits [1, tokens, padded vocabulary] of each row on the last stage, an empty list elsewhere; a row is a micro batch of its own.
 
-    With sequence parallelism the end of a row is filled up to a multiple of the tensor size: a causal model does not see it.
+    Packed as in training, so that the same kernels compute. With sequence parallelism the end of a row is filled up to a multiple of the tensor size by a sequence of its own.
     """
     models = [unwrap(chunk) for chunk in chunks]
     multiple = ranks.tp.size if models[0].config.sequence_parallel else 1
@@ -379,7 +385,9 @@ def _forward(chunks: Chunks, token_rows: list[list[int]], ranks: Ranks) -> list[
         filled = row + [0] * (-len(row) % multiple)
         tokens = torch.tensor([filled], device=ranks.device)
         positions = torch.arange(len(filled), device=ranks.device)[None]
-        return model(tokens, positions, None, runtime_gather_output=True), lambda output, non_loss_data: output
+        ends = [0, len(row), len(filled)] if len(filled) > len(row) else [0, len(row)]
+        packed = packed_sequences(torch.tensor(ends, dtype=torch.int32, device=ranks.device), len(row))
+        return model(tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True), lambda output, non_loss_data: output
 
     was_training = [model.training for model in models]
     for model in models:

@@ -6,6 +6,7 @@ that it can answer before they are imported.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from finetune_trainer.contract import (
 PROGRESS_FILE = "progress.json"
 REPORT_FILE = "report.json"
 CURVE_FILE = "loss.png"
+EVERY_ADDRESS, EVERY_ADDRESS_OF_BOTH = "0.0.0.0", "::"
 PACKAGES = ("mcore-finetune", "torch", "megatron-core", "transformers", "peft", "safetensors", "transformer-engine")
 
 
@@ -121,7 +123,7 @@ class Report:
     def _listen(self) -> str:
         host, port = self.config.run.progress_host, self.config.run.progress_port
         try:
-            self._server = _Server((host, port), self)
+            self._server = _serve_on(host, port, self)
         except OSError as error:
             raise ConfigurationError(
                 f"run.progressPort: cannot serve progress on {host} port {port}: {error.strerror or error}; 0 takes a free port"
@@ -304,6 +306,14 @@ def draw_curve(curve: Sequence[CurvePoint], title: str, path: Path) -> None:
     partial.replace(path)
 
 
+def _serve_on(host: str, port: int, report: Report) -> _Server:
+    """A server on an address; 0.0.0.0 means all addresses, also those of IPv6 where this machine has it. Raises OSError."""
+    if host == EVERY_ADDRESS:
+        with contextlib.suppress(OSError):  # no IPv6 here, or the port is taken: then that is said of IPv4
+            return _Server((EVERY_ADDRESS_OF_BOTH, port), report)
+    return _Server((host, port), report)
+
+
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Not http.server's own: that one asks the name service for this host's name before it listens."""
 
@@ -316,6 +326,12 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.registry.register(_Metrics(report))
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Answer)
+
+    def server_bind(self) -> None:
+        """Bind; an IPv6 socket for all addresses takes IPv4 too, whatever the machine's default is."""
+        if self.server_address[0] == EVERY_ADDRESS_OF_BOTH:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A reader that hangs up is no concern of the run's."""

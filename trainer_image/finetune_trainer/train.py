@@ -20,7 +20,7 @@ from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.contract import ConfigurationError, CurvePoint, NumericError, Preempted, RunConfig, TrainingConfig
 from finetune_trainer.data import Batch, Rows, collate, micro_batches, order
 from finetune_trainer.families import Family
-from finetune_trainer.model import output_rows, unwrap
+from finetune_trainer.model import output_rows, packed_sequences, unwrap
 from finetune_trainer.parallel import Ranks
 from finetune_trainer.report import Beginning, Report
 from finetune_trainer.training_state import TrainingState
@@ -31,7 +31,6 @@ from megatron.core import tensor_parallel  # noqa: E402  (after the redirection)
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 INITIAL_LOSS_SCALE = 2.0**8
@@ -262,13 +261,7 @@ def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tens
     batch = next(batches)
     rows = None if unwrap(chunk).config.sequence_parallel else batch.loss_mask[0].nonzero()[:, 0]
     labels, loss_mask = (batch.labels, batch.loss_mask) if rows is None else (batch.labels[:, rows], batch.loss_mask[:, rows])
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
+    packed = packed_sequences(batch.cu_seqlens, batch.max_seqlen)
     with output_rows(chunk, rows):
         output = chunk(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None, labels=labels, packed_seq_params=packed)
     return output, functools.partial(sum_loss, loss_mask)

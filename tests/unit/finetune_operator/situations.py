@@ -80,9 +80,10 @@ def told_success() -> str:
 
 
 def seen(status: Status, *pods: Pod, now: float = 0, spec: dict[str, Any] | None = None, **fields: Any) -> Observed:
-    """What is observed of a job of two nodes."""
+    """What is observed of a job of two nodes; the trainer's clock is right unless `heartbeat_seen` is given."""
+    heard_at = fields["progress"].last_heartbeat_time if fields.get("progress") is not None else None
     job = make_job(**{"nodes": {"count": 2}, **(spec or {})})
-    return Observed(**{"now": at(now), "job": job, "generation": 1, "status": status, "pods": pods, **fields})
+    return Observed(**{"now": at(now), "job": job, "generation": 1, "status": status, "pods": pods, "heartbeat_seen": heard_at, **fields})
 
 
 def after(status: Status, *pods: Pod, **fields: Any) -> Status:

@@ -6,6 +6,7 @@ import pytest
 
 from finetune_operator.lifecycle import decide
 from finetune_operator.observed import Refusal
+from finetune_operator.problems import InvalidJob, Problem
 from situations import (
     ALL_RUN,
     LOADING,
@@ -33,6 +34,9 @@ SUSPEND = {"suspend": True}
 CONFLICT = Refusal("NameConflict", "Service tiny is not this job's")
 QUOTA = Refusal("CreationRefused", "exceeded quota: pods")
 LEFTOVER = Refusal("Leftover", "pod tiny-1-0 of an earlier job of this name is still ending")
+UNREADABLE = InvalidJob(Problem("spec.model", "it is required"))
+SETTINGS_CHANGED = Refusal("InvalidSpec", "spec.nodes.image: it is required, because the operator's settings name no trainer image")
+UNANSWERED = decide(seen(LOADING, *ALL_RUN, now=70, asked_since=at(10)), SETTINGS).status
 HELD_BY_NAME = decide(seen(NEW, refusal=CONFLICT), SETTINGS).status
 HELD_BY_QUOTA = decide(seen(NEW, refusal=QUOTA), SETTINGS).status
 TERMINATING = (running(0, deletion=at(130)), running(1, deletion=at(130)))
@@ -74,7 +78,12 @@ BEGINNING = [
     ),
     Case("the first pod that runs is not yet worth a write", seen(PENDING, running(0), pod(1), now=2), again=13.0, poll="10.0.0.1", written=False),
     Case(
-        "after a while the pods that run are counted", seen(PENDING, running(0), pod(1), now=15), poll="10.0.0.1", fields={"pods.running": 1}, phase="Pending"
+        "after a while the pods that run are counted",
+        seen(PENDING, running(0), pod(1), now=15),
+        again=60.0,
+        poll="10.0.0.1",
+        fields={"pods.running": 1},
+        phase="Pending",
     ),
     Case("but not more often than progress", seen(PENDING, running(0), pod(1), now=15, progress_due=False), again=15.0, poll="10.0.0.1", written=False),
     Case(
@@ -84,6 +93,7 @@ BEGINNING = [
         ready=("True", "Training", "2 pods run; model and data are being loaded"),
         true={"Ready", "Running"},
         events=("Normal Started: all pods of gang 1 run",),
+        again=60.0,
         poll="10.0.0.1",
         fields={"pods.running": 2},
     ),
@@ -96,7 +106,7 @@ BEGINNING = [
 ]
 
 TRAINING_CASES = [
-    Case("nothing new while loading", seen(LOADING, *ALL_RUN, now=12, progress=None), poll="10.0.0.1", written=False),
+    Case("nothing new while loading", seen(LOADING, *ALL_RUN, now=12, progress=None), again=60.0, poll="10.0.0.1", written=False),
     Case(
         "the first step",
         seen(LOADING, *ALL_RUN, now=20, progress=heard(when=20, loss=1.23456, learning_rate=8.00001e-5, tokens_per_second=5512.3)),
@@ -144,11 +154,51 @@ TRAINING_CASES = [
         poll="10.0.0.1",
         fields={"progress.loss": None, "progress.learning_rate": None},
     ),
-    Case("after the operator's restart the status stands until the trainer answers", seen(TRAINING, *ALL_RUN, now=5000), poll="10.0.0.1", written=False),
+    Case(
+        "after the operator's restart the status stands until the trainer answers",
+        seen(TRAINING, *ALL_RUN, now=5000),
+        again=60.0,
+        poll="10.0.0.1",
+        written=False,
+    ),
+    Case(
+        "a trainer that was asked for a moment has time to answer",
+        seen(LOADING, *ALL_RUN, now=30, asked_since=at(10)),
+        again=40.0,
+        poll="10.0.0.1",
+        written=False,
+    ),
+    Case(
+        "a trainer that does not answer is said, and goes on",
+        seen(LOADING, *ALL_RUN, now=70, asked_since=at(10)),
+        phase="Initializing",
+        ready=("False", "Unanswered", "2 pods run; rank 0 at 10.0.0.1:8080 does not answer; is there a NetworkPolicy?"),
+        true={"Running", "Reconciling"},
+        poll="10.0.0.1",
+    ),
+    Case("it is said once", seen(UNANSWERED, *ALL_RUN, now=90000, asked_since=at(10)), poll="10.0.0.1", written=False),
+    Case(
+        "and taken back when it answers",
+        seen(UNANSWERED, *ALL_RUN, now=100, asked_since=at(10), progress=heard(when=100)),
+        phase="Running",
+        ready=("True", "Training", "2 pods run"),
+        true={"Ready", "Running", "Initialized"},
+        again=1800.0,
+        poll="10.0.0.1",
+    ),
+    Case(
+        "a spec that can no longer be read does not end what runs",
+        seen(TRAINING, *ALL_RUN, now=5000, job=None, invalid=UNREADABLE, progress=heard(when=30)),
+        phase="Running",
+        ready=("True", "Training", "2 pods run"),
+        again=2147478677.0,
+        poll="10.0.0.1",
+    ),
     Case(
         "a pod that has ended well does not end the gang",
         seen(TRAINING, running(0), succeeded(1), now=101),
         phase="Running",
+        again=60.0,
         poll="10.0.0.1",
         fields={"pods.succeeded": 1},
     ),
@@ -156,12 +206,20 @@ TRAINING_CASES = [
         "a pod of an earlier gang that turns up is deleted",
         seen(TRAINING, *ALL_RUN, running(0, 0), now=30),
         delete=("tiny-0-0",),
+        again=60.0,
         poll="10.0.0.1",
         written=False,
     ),
-    Case("a pod of a gang that was never made is deleted", seen(TRAINING, *ALL_RUN, pod(0, 3), now=30), delete=("tiny-3-0",), poll="10.0.0.1", written=False),
-    Case("a refusal of long ago does not hold a gang that runs", seen(TRAINING, *ALL_RUN, now=30, refusal=QUOTA), poll="10.0.0.1", written=False),
-    Case("a deadline looms", seen(TRAINING, *ALL_RUN, now=30, spec=policy(activeDeadlineSeconds=100)), poll="10.0.0.1", again=70.0, written=False),
+    Case(
+        "a pod of a gang that was never made is deleted",
+        seen(TRAINING, *ALL_RUN, pod(0, 3), now=30),
+        delete=("tiny-3-0",),
+        again=60.0,
+        poll="10.0.0.1",
+        written=False,
+    ),
+    Case("a refusal of long ago does not hold a gang that runs", seen(TRAINING, *ALL_RUN, now=30, refusal=QUOTA), again=60.0, poll="10.0.0.1", written=False),
+    Case("a deadline looms", seen(TRAINING, *ALL_RUN, now=30, spec=policy(activeDeadlineSeconds=100)), poll="10.0.0.1", again=60.0, written=False),
 ]
 
 SUSPENSION = [
@@ -273,6 +331,27 @@ REFUSALS = [
         again=30.0,
     ),
     Case("a refusal is told once", seen(HELD_BY_QUOTA, now=30, refusal=QUOTA), again=30.0, written=False),
+    Case(
+        "what was made before and cannot be now is held: its spec is not at fault",
+        seen(RESTARTING, now=140, refusal=SETTINGS_CHANGED),
+        phase="Restarting",
+        true={"Reconciling", "Restarting", "Initialized"},
+        ready=("False", "CreationRefused", "spec.nodes.image: it is required, because the operator's settings name no trainer image"),
+        again=30.0,
+    ),
+    Case(
+        "so is a gang whose spec can no longer be read",
+        seen(RESTARTING, now=140, job=None, invalid=UNREADABLE),
+        phase="Restarting",
+        ready=("False", "CreationRefused", "spec.model: it is required"),
+        again=30.0,
+    ),
+    Case(
+        "but its old pods end first",
+        seen(RESTARTING, running(0), now=140, job=None, invalid=UNREADABLE),
+        delete=("tiny-1-0",),
+        written=False,
+    ),
     Case("half a gang is kept while the rest is refused", seen(HELD_BY_QUOTA, running(0), now=30, refusal=QUOTA), again=30.0, written=False),
     Case(
         "the children of an earlier job of this name are awaited",

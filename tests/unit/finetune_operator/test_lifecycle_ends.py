@@ -7,6 +7,7 @@ import pytest
 from finetune_operator.lifecycle import decide
 from finetune_operator.observed import Refusal
 from finetune_operator.problems import InvalidJob, Problem
+from finetune_operator.status import Restarts, Status
 from finetune_trainer.contract import Reason
 from situations import (
     ALL_RUN,
@@ -40,6 +41,7 @@ EXPORTED = "peft at /work/default/tiny/u/peft; verified: Adapter"
 SUSPEND = {"suspend": True}
 REFUSED_SPEC = Refusal("InvalidSpec", "nodes.podTemplate.spec.containers[0].image: Required value")
 INVALID = InvalidJob(Problem("spec.volumes.work", "it is required in a cluster"), Problem("spec.nodes.count", "it must be at least 1"))
+OFTEN_RESTARTED = TRAINING.model_copy(update={"restarts": Restarts(total=9, counted=9)})
 
 ENDING_WELL = [
     Case(
@@ -177,11 +179,38 @@ GIVING_UP = [
         fields={"failure.reason": "InvalidSpec", "completion_time": at(0), "attempt": 0},
     ),
     Case(
-        "a spec that can no longer be read ends what runs",
-        seen(TRAINING, *ALL_RUN, now=50, job=None, invalid=InvalidJob(Problem("spec.model", "it is required"))),
+        "a spec that cannot be read",
+        seen(NEW, job=None, invalid=InvalidJob(Problem("spec.model", "it is required"))),
         phase="Failed",
-        delete=("tiny-1-0", "tiny-1-1"),
         events=("Warning InvalidSpec: spec.model: it is required",),
+    ),
+    Case(
+        "what no restart mends ends a job whose spec can no longer be read",
+        seen(TRAINING, running(0), failed(1, 10), now=101, job=None, invalid=INVALID),
+        phase="Failed",
+        delete=("tiny-1-0",),
+        events=("Warning Failed: Configuration: pod tiny-1-1 ended with exit code 10 and left no report",),
+    ),
+    Case(
+        "a gang that ends is not failed for limits of a spec that can no longer be read",
+        seen(OFTEN_RESTARTED, running(0), now=101, job=None, invalid=INVALID),
+        phase="Restarting",
+        delete=("tiny-1-0",),
+        events=("Warning Restarting: gang 1 ended: PodDeleted: pod of node 1 is gone",),
+        fields={"restarts.counted": 10},
+    ),
+    Case(
+        "a gang of which neither spec nor status tell how large it is",
+        seen(TRAINING.model_copy(update={"pods": None}), failed(0, 1), now=101, job=None, invalid=INVALID),
+        phase="Restarting",
+        delete=("tiny-1-0",),
+        events=("Warning Restarting: gang 1 ended: Internal: pod tiny-1-0 ended with exit code 1 and left no report",),
+    ),
+    Case(
+        "success counts though the spec can no longer be read",
+        seen(TRAINING, succeeded(0), succeeded(1), now=101, job=None, invalid=INVALID),
+        phase="Succeeded",
+        events=(f"Normal Succeeded: {UNREAD}",),
     ),
     Case(
         "the API server calls a child invalid",
@@ -254,7 +283,7 @@ GANGS = [
     Case(
         "a silent node is awaited",
         seen(TRAINING, running(0), running(1, silent_since=at(50)), now=101, nodes=(node(1, 50),)),
-        again=249.0,
+        again=60.0,
         poll="10.0.0.1",
         written=False,
     ),
@@ -344,6 +373,23 @@ def test_restarts_are_counted_by_reason_until_they_are_used_up() -> None:
         "3 counted restarts of 3 (runPolicy.backoffLimit) are used up; the last gang ended: PodDeleted: pod tiny-4-1 is gone",
     )
     assert (last.failure.reason if last.failure else None, last.restarts.counted, last.attempt) == ("PodDeleted", 3, 4)
+
+
+@pytest.mark.parametrize("message", ["x" * 40000, "行" * 40000], ids=["ascii", "not ascii"])
+def test_a_long_refusal_is_cut_to_what_the_status_takes(message: str) -> None:
+    status = decide(seen(NEW, refusal=Refusal("InvalidSpec", message)), SETTINGS).status
+    assert status.failure is not None
+    words = [status.failure.message, *(condition.message for condition in status.conditions)]
+    assert {len(each) for each in words} == {32768}
+    assert Status.model_validate_json(status.model_dump_json(by_alias=True, exclude_none=True)) == status
+
+
+def test_a_long_message_of_a_pod_is_cut_to_what_the_status_takes() -> None:
+    status = decide(seen(TRAINING, running(0), failed(1, 1, termination_message="", message=""), now=101), SETTINGS).status
+    long = decide(seen(TRAINING, running(0), failed(1, 3, message="y" * 50000), now=101), SETTINGS).status
+    assert status.failure is not None
+    assert long.failure is not None
+    assert (len(status.failure.message) < 100, len(long.failure.message), long.failure.message[-1]) == (True, 32768, "…")
 
 
 def test_a_long_message_of_an_event_is_cut_to_what_kubernetes_takes() -> None:

@@ -61,6 +61,7 @@ class World:
             pods=tuple(self.pods.values()),
             nodes=nodes,
             progress=heard(when=self.heartbeat[1]) if self.heartbeat is not None and beats else None,
+            heartbeat_seen=at(self.heartbeat[1]) if self.heartbeat is not None and beats else None,
         )
 
     def operate(self, steps: int = WHOLE) -> Decision:

@@ -60,7 +60,7 @@ def test_service_resolves_the_pods_of_every_gang_before_they_are_ready() -> None
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
-            "selector": {"finetune.mcore.dev/job-name": "tiny"},
+            "selector": {"finetune.mcore.dev/job-name": "tiny", "finetune.mcore.dev/job-uid": "0f8e7d6c"},
             "ports": [
                 {"name": "progress", "port": 8080, "targetPort": 8080, "protocol": "TCP"},
                 {"name": "master", "port": 29500, "targetPort": 29500, "protocol": "TCP"},
@@ -73,7 +73,12 @@ def test_pods_have_their_own_names_and_the_same_host_names_in_every_gang() -> No
     made = manifests.pods(plan_of(nodes={"count": 2}), OWNER, SETTINGS)
     assert [each["metadata"]["name"] for each in made] == ["tiny-2-0", "tiny-2-1"]
     assert [(each["spec"]["hostname"], each["spec"]["subdomain"]) for each in made] == [("tiny-0", "tiny"), ("tiny-1", "tiny")]
-    assert made[1]["metadata"]["labels"] == {**LABELS, "finetune.mcore.dev/attempt": "2", "finetune.mcore.dev/node-rank": "1"}
+    assert made[1]["metadata"]["labels"] == {
+        **LABELS,
+        "finetune.mcore.dev/job-uid": "0f8e7d6c",
+        "finetune.mcore.dev/attempt": "2",
+        "finetune.mcore.dev/node-rank": "1",
+    }
     assert made[1]["metadata"]["ownerReferences"] == [REFERENCE]
 
 

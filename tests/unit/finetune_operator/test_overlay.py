@@ -75,7 +75,8 @@ def test_containers_are_merged_by_name_and_new_ones_come_last() -> None:
 
 def test_init_containers_and_pull_secrets_are_added() -> None:
     merged = spec(initContainers=[{"name": "fetch", "image": "busybox"}], imagePullSecrets=[{"name": "registry"}])
-    assert (merged["initContainers"], merged["imagePullSecrets"]) == ([{"name": "fetch", "image": "busybox"}], [{"name": "registry"}])
+    fetch = {"name": "fetch", "image": "busybox", "securityContext": {"allowPrivilegeEscalation": False}}
+    assert (merged["initContainers"], merged["imagePullSecrets"]) == ([fetch], [{"name": "registry"}])
 
 
 def test_a_variable_of_the_same_name_is_replaced_whole() -> None:
@@ -88,8 +89,9 @@ def test_a_variable_is_taken_away() -> None:
 
 
 def test_a_volume_of_the_same_name_is_replaced_whole() -> None:
-    volumes = by_name(spec(volumes=[{"name": "cache", "hostPath": {"path": "/models"}}])["volumes"])
-    assert volumes["cache"] == {"name": "cache", "hostPath": {"path": "/models"}}
+    models = {"name": "cache", "nfs": {"server": "files", "path": "/models"}}
+    volumes = by_name(spec(volumes=[models])["volumes"])
+    assert volumes["cache"] == models
     assert set(volumes) == {"run", "work", "cache", "shared-memory", "tmp"}
 
 
@@ -121,6 +123,8 @@ def test_the_gang_keeps_what_it_needs() -> None:
                     "command": ["sleep"],
                     "args": ["inf"],
                     "terminationMessagePath": "/tmp/x",
+                    "restartPolicy": "Always",
+                    "restartPolicyRules": [{"action": "Restart", "exitCodes": {"operator": "In", "values": [20]}}],
                     "env": [{"name": "RANK", "value": "7"}, {"name": "PET_RDZV_BACKEND", "value": "c10d"}, {"name": "NODE_RANK", "$patch": "delete"}],
                     "volumeMounts": [{"mountPath": "/run/finetune", "name": "other"}],
                 }
@@ -161,6 +165,27 @@ def test_the_gang_keeps_what_it_needs() -> None:
         ({"spec": {"securityContext": 7}}, "spec.nodes.podTemplate.spec.securityContext: it must be a mapping (found 7)"),
         ({"spec": {"hostname": {"a": 1}}}, "spec.nodes.podTemplate.spec.hostname: it must not be a mapping (found a mapping)"),
         ({"spec": {"affinity": {"$patch": "remove"}}}, "spec.nodes.podTemplate.spec.affinity.$patch: it must be delete, replace or merge (found 'remove')"),
+        ({"spec": {"$patch": "replace", "containers": ["x"]}}, "spec.nodes.podTemplate.spec.containers[0]: it must be a mapping (found 'x')"),
+        (
+            {"spec": {"$patch": "replace", "containers": [{"name": "trainer"}], "volumes": "x"}},
+            "spec.nodes.podTemplate.spec.volumes: it must be a list (found 'x')",
+        ),
+        (
+            {"spec": {"containers": [{"name": "trainer", "$patch": "replace", "env": "x"}]}},
+            "spec.nodes.podTemplate.spec.containers[0].env: it must be a list (found 'x')",
+        ),
+        (
+            {"spec": {"containers": [{"name": "trainer", "$patch": "replace", "volumeMounts": [{"name": "a"}]}]}},
+            "spec.nodes.podTemplate.spec.containers[0].volumeMounts[0].mountPath: it is required",
+        ),
+        (
+            {"spec": {"$patch": "replace", "containers": [{"name": "trainer", "env": "x"}]}},
+            "spec.nodes.podTemplate.spec.containers[trainer].env: it must be a list (found 'x')",
+        ),
+        (
+            {"spec": {"$patch": "replace", "containers": [{"name": "trainer", "volumeMounts": 7}]}},
+            "spec.nodes.podTemplate.spec.containers[trainer].volumeMounts: it must be a list (found 7)",
+        ),
         ({"spec": {"$retainKeys": ["a"]}}, "spec.nodes.podTemplate.spec.$retainKeys: this directive is not supported; $patch is"),
         ({"metadata": {"name": "mine"}}, "spec.nodes.podTemplate.metadata.name: a template gives labels and annotations only"),
         ({"metadata": {"labels": {"a": 1}}}, "spec.nodes.podTemplate.metadata.labels.a: it must be a string; put it in quotes (found 1)"),

@@ -141,13 +141,68 @@ def test_what_waits_is_counted_and_dated() -> None:
 
     async def scenario(queue: Queue) -> None:
         queue.add(A)
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.002)
         assert (queue.depth(), queue.oldest_seconds()) == (1, 0.0)
+        assert queue.longest_seconds() > 0
         queue.add(A)
         await asyncio.sleep(0.002)
-        assert queue.oldest_seconds() > 0
+        assert queue.oldest_seconds() == 0.0, "what waits for the worker of its own job does not say that the process is stuck"
         gate.set()
         await drained(queue)
-        assert (queue.depth(), queue.oldest_seconds()) == (0, 0.0)
+        assert (queue.depth(), queue.oldest_seconds(), queue.longest_seconds()) == (0, 0.0, 0.0)
+
+    run(work, scenario)
+
+
+def test_a_key_that_fails_again_and_again_is_complained_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queues, "FIRST_RETRY_SECONDS", 0.0001)
+    complaints: list[str] = []
+    calls = 0
+    enough = asyncio.Event()
+
+    async def work(key: Key) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == queues.COMPLAIN_AFTER + 3:
+            enough.set()
+            return
+        raise ValueError(f"failure {calls}")
+
+    async def complain(key: Key, error: Exception) -> None:
+        complaints.append(f"{key}: {error}")
+        raise OSError("nobody listens")
+
+    async def main() -> None:
+        queue = Queue(work, complain)
+        async with asyncio.timeout(10):
+            queue.add(A)
+            await enough.wait()
+        await queue.close()
+
+    asyncio.run(main())
+    assert complaints == [f"{A}: failure {queues.COMPLAIN_AFTER}"]
+
+
+@pytest.mark.parametrize(("error", "told"), [(ValueError("a defect"), True), (TimeoutError("no answer"), False)])
+def test_where_it_failed_is_logged_of_defects_only(error: Exception, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async def work(key: Key) -> None:
+        raise error
+
+    async def scenario(queue: Queue) -> None:
+        queue.add(A)
+        await drained(queue)
+
+    run(work, scenario)
+    assert [bool(record.exc_info) for record in caplog.records] == [told]
+
+
+def test_nothing_is_begun_after_the_end() -> None:
+    async def work(key: Key) -> None:
+        raise AssertionError("a queue that was closed works")
+
+    async def scenario(queue: Queue) -> None:
+        await queue.close()
+        queue.add(A)
+        assert (queue.depth(), queue.tasks) == (0, set())
 
     run(work, scenario)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import datetime
 
 import pytest
 
-from finetune_operator.reported import UNREAD, finish_progress, read_failure, read_result, round_progress
+from finetune_operator.reported import UNREAD, finish_progress, finite, read_failure, read_result, round_progress
 from finetune_operator.status import JobProgress
 from finetune_trainer.contract import Artifact, Reason
 from situations import at, heard, report, told_failure, told_success
@@ -81,6 +82,22 @@ def test_numbers_have_four_digits_and_times_whole_seconds() -> None:
 def test_numbers_that_are_not_finite_are_named_and_left_out(odd: float) -> None:
     progress, left_out = round_progress(heard(loss=odd, tokens_per_second=odd))
     assert (progress.loss, progress.tokens_per_second, left_out) == (None, None, ["loss", "tokensPerSecond"])
+
+
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_a_heartbeat_at_the_end_of_the_calendar_is_left_out(time: str) -> None:
+    progress, _ = round_progress(heard(last_heartbeat_time=datetime.fromisoformat(time), percent=300))
+    assert (progress.last_heartbeat_time, progress.percent) == (None, 100)
+
+
+def test_numbers_that_kubernetes_json_does_not_have_are_text() -> None:
+    big = 2**63
+    assert finite({"a": [big, -big - 1, big - 1, -big, True], "b": {"c": 10**30}}) == {
+        "a": [str(big), str(-big - 1), big - 1, -big, True],
+        "b": {"c": str(10**30)},
+    }
+    result = read_result(json.dumps({"succeeded": True, "resolved": {"training.seed": 2**70}}))
+    assert result.resolved == {"training.seed": str(2**70)}
 
 
 def test_loss_that_json_made_null_is_named() -> None:

@@ -11,15 +11,23 @@ from hypothesis import strategies as st
 from finetune_operator import names
 from finetune_operator.pods import PodRecord, read_pod
 from finetune_operator.schema import FineTuneJob
-from finetune_operator.status import Phase, PodCounts, Status
+from finetune_operator.status import ConditionType, Phase, PodCounts, Status
 from finetune_operator.store import Store, dump_status, merge_patch, read_status
 
 KEY = ("team", "job")
 SPEC = {"model": {"source": "Qwen/Qwen2.5-7B-Instruct"}, "data": {"dataset": ["swift/self-cognition#8"]}, "volumes": {"work": {"claimName": "results"}}}
 
 
-def raw_job(version: int, *, uid: str = "u1", generation: int = 1, spec: dict[str, Any] | None = None, status: dict[str, Any] | None = None) -> dict[str, Any]:
-    metadata = {"namespace": KEY[0], "name": KEY[1], "uid": uid, "generation": generation, "resourceVersion": str(version)}
+def raw_job(
+    version: int,
+    *,
+    uid: str = "u1",
+    made: str = "2026-11-21T10:00:00Z",
+    generation: int = 1,
+    spec: dict[str, Any] | None = None,
+    status: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    metadata = {"namespace": KEY[0], "name": KEY[1], "uid": uid, "generation": generation, "resourceVersion": str(version), "creationTimestamp": made}
     return {"metadata": metadata, "spec": spec or SPEC, "status": status or {}}
 
 
@@ -63,12 +71,39 @@ def test_a_job_that_takes_the_name_of_another_is_younger_and_has_none_of_its_pod
     store.put_job(raw_job(1, uid="u1"))
     store.put_pod(pod(2, owner="u1"))
     first = store.jobs[KEY]
-    store.put_job(raw_job(3, uid="u2"))
+    assert store.pod_of_another(first) is None
+    store.put_job(raw_job(3, uid="u2", made="2026-11-21T10:00:01Z"))
     second = store.jobs[KEY]
     assert second.age > first.age
     assert store.pods_of(second) == ()
+    assert store.pod_of_another(second) == "job-1-0"
     store.remove_job(KEY, "u1")
     assert store.jobs[KEY] is second
+
+
+def test_the_age_of_a_job_is_when_it_was_made_and_not_when_it_was_seen() -> None:
+    store = Store()
+    store.put_job(raw_job(9, made="2026-11-21T10:00:00Z"))
+    young, other = store.jobs[KEY].age, Store()
+    other.put_job(raw_job(1, uid="u0", made="2026-11-20T23:59:59Z"))
+    assert other.jobs[KEY].age < young
+    store.put_job(raw_job(10, status={"attempt": 1}))
+    assert store.jobs[KEY].age == young
+
+
+def test_a_pod_without_an_owner_is_nobodys_leftover() -> None:
+    store = Store()
+    store.put_job(raw_job(1))
+    store.put_pod(pod(2, owner=""))
+    assert store.pod_of_another(store.jobs[KEY]) is None
+
+
+def test_a_namespace_that_could_not_be_listed_is_not_forgotten() -> None:
+    store = Store()
+    store.put_job(raw_job(1))
+    store.put_pod(pod(2))
+    assert store.keep_pods(set(), since=5, unlisted={"team"}) == store.keep_jobs(set(), since=5, unlisted={"team"}) == []
+    assert store.keep_pods(set(), since=5, unlisted={"other"}) == store.keep_jobs(set(), since=5, unlisted={"other"}) == [KEY]
 
 
 def test_a_pod_that_changes_only_where_nobody_looks_is_no_news() -> None:
@@ -118,9 +153,26 @@ def test_an_answer_that_comes_after_the_pods_end_does_not_bring_it_back(answer: 
     assert store.put_pod(pod(5, uid="p2")) == KEY
 
 
-def test_a_status_that_cannot_be_read_is_written_anew(caplog: pytest.LogCaptureFixture) -> None:
-    assert read_status({"attempt": "many"}, KEY) == Status()
-    assert "team/job: its status cannot be read" in caplog.text
+@pytest.mark.parametrize(
+    ("field", "value"), [("attempt", "many"), ("conditions", [{"type": "Failed"}]), ("restarts", {"total": -1})], ids=["attempt", "conditions", "restarts"]
+)
+def test_a_job_of_whose_status_what_decides_cannot_be_read_is_held(field: str, value: Any, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store()
+    store.put_job(raw_job(1, status={"phase": "Running", field: value}))
+    store.put_job(raw_job(1, status={"phase": "Running", field: value}))
+    assert store.jobs[KEY].held
+    assert caplog.records[0].getMessage().startswith(f"team/job: nothing is done about it, because its status cannot be read; correct {field}: ")
+    assert len(caplog.records) == 1
+    assert store.put_job(raw_job(2, status={"attempt": 2})) == KEY
+    assert (store.jobs[KEY].held, store.jobs[KEY].status.attempt) == (False, 2)
+
+
+def test_of_a_status_only_what_cannot_be_read_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    ended = {"type": "Succeeded", "status": "True", "reason": "Succeeded", "lastTransitionTime": "2026-05-04T12:00:00Z"}
+    status = read_status({"attempt": 4, "conditions": [ended], "restarts": {"total": 3, "counted": 1}, "phase": "Dreaming", "ofTomorrow": {"a": 1}}, KEY)
+    assert status is not None
+    assert (status.attempt, status.restarts.total, status.is_true(ConditionType.SUCCEEDED), status.phase) == (4, 3, True, None)
+    assert "team/job: of its status ofTomorrow, phase cannot be read and is left out" in caplog.text
 
 
 def test_a_status_is_read_back_as_it_was_written() -> None:

@@ -64,6 +64,22 @@ VERDICTS: list[tuple[str, Observed, str, str, Consequence]] = [
         RETRY,
     ),
     (
+        "a pod is taken away from a silent node before that counts as lost",
+        judged(running(0), running(1, deletion=at(420), disrupted=True), now=399, nodes=(node(1, 100),)),
+        "NodeLost",
+        "node node-1 of pod tiny-1-1 is not ready, and the pod was taken away from it",
+        RETRY,
+    ),
+    (
+        "a node that shuts down in good order evicts its pods",
+        judged(
+            running(0), failed(1, 143, disrupted=True, message="Terminated: Pod was terminated in response to imminent node shutdown."), nodes=(node(1, 100),)
+        ),
+        "Evicted",
+        "pod tiny-1-1 was evicted from node node-1: Terminated: Pod was terminated in response to imminent node shutdown.",
+        UNCOUNTED,
+    ),
+    (
         "a node is no more",
         judged(running(0), running(1), nodes=(node(1, exists=False),)),
         "NodeLost",
@@ -229,6 +245,20 @@ VERDICTS: list[tuple[str, Observed, str, str, Consequence]] = [
         RETRY,
     ),
     (
+        "the trainer's clock is ahead",
+        judged(*ALL_RUN, now=1900, progress=heard(step=7, when=5500), heartbeat_seen=at(100)),
+        "Hang",
+        "the trainer has shown no progress since 2026-05-04T12:01:40Z, for 1800 s (runPolicy.progressDeadlineSeconds); it was at stage training, step 7/20",
+        RETRY,
+    ),
+    (
+        "a heartbeat that is too old when it is first heard, and does not change",
+        judged(*ALL_RUN, now=160, progress=heard(step=7, when=-3600), heartbeat_seen=at(100)),
+        "Hang",
+        "the trainer has shown no progress since 2026-05-04T11:00:00Z, for 1800 s (runPolicy.progressDeadlineSeconds); it was at stage training, step 7/20",
+        RETRY,
+    ),
+    (
         "a trainer that does not answer an operator that has just begun to ask",
         judged(*ALL_RUN, now=5000, asked_since=at(4940)),
         "Hang",
@@ -249,6 +279,10 @@ NOT_YET: list[tuple[str, Observed, float | None]] = [
     ("a pod that has ended well needs no node", judged(running(0), succeeded(1), nodes=(node(1, exists=False),)), None),
     ("the trainer is at work", judged(*ALL_RUN, progress=heard(when=100)), 1799.0),
     ("the next thing to look at comes first", judged(*ALL_RUN, progress=heard(when=100), nodes=(node(0, 50),)), 249.0),
+    ("a heartbeat that looks too old has a moment to change", judged(*ALL_RUN, progress=heard(when=-3600), heartbeat_seen=at(100)), 59.0),
+    ("the trainer's clock is behind, and it goes on", judged(*ALL_RUN, now=900, progress=heard(when=-3600), heartbeat_seen=at(899)), 59.0),
+    ("the trainer was heard, and its heartbeat may be old", judged(*ALL_RUN, progress=heard(when=-3600), heartbeat_seen=None, asked_since=at(90)), 49.0),
+    ("a kubelet's clock is ahead", judged(running(0), failed(1, 20, finished=at(7300))), 5.0),
     ("a trainer that was never reached does not hang", seen(LOADING, *ALL_RUN, now=9999, asked_since=at(20)), None),
     ("the operator was away and has not asked yet", judged(*ALL_RUN, now=9999), None),
     ("the operator was away and has asked for a moment", judged(*ALL_RUN, now=9999, asked_since=at(9990)), 51.0),

@@ -17,7 +17,7 @@ import pytest
 
 from finetune_trainer import launch
 from finetune_trainer.contract import ConfigurationError, FailureReport, Reason, RunConfig, RunReport
-from finetune_trainer.launch import Failure, Node
+from finetune_trainer.launch import Node
 
 PRELUDE = """
 import json, os, signal, sys, threading, time
@@ -393,10 +393,47 @@ def test_the_termination_message_is_written_on_every_node(tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-def test_failures_left_by_ranks_are_read_back_equal(tmp_path: Path) -> None:
-    failure = Failure(FailureReport(reason=Reason.DATA, message="x", rank=3, node="n", exit_code=11), 5.5, "trace")
-    launch.leave_failure(tmp_path, failure)
-    assert launch.read_failures(tmp_path) == {3: failure}
+@pytest.fixture
+def four_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(launch, "DEVICE_FOLDER", tmp_path)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("visible", "processes", "shown"),
+    [
+        (None, 5, "4 GPUs, so it may be at most 4"),
+        ("0,1", 3, "2 GPUs (CUDA_VISIBLE_DEVICES is '0,1'), so it may be at most 2"),
+        ("3", 2, "1 GPU (CUDA_VISIBLE_DEVICES is '3'), so it may be at most 1"),
+        ("GPU-aa, MIG-bb", 3, "2 GPUs (CUDA_VISIBLE_DEVICES is 'GPU-aa, MIG-bb'), so it may be at most 2"),
+        ("0,7,1", 2, "1 GPU (CUDA_VISIBLE_DEVICES is '0,7,1'), so it may be at most 1"),
+    ],
+)
+def test_more_processes_than_visible_gpus_are_refused_before_a_rank_is_started(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], visible: str | None, processes: int, shown: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | {"NPROC_PER_NODE": str(processes)}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    assert launch.launch(make_config(tmp_path), environment, make_program(tmp_path, f"Path({str(tmp_path)!r}, 'started').touch()")) == 10
+    sentence = f"NPROC_PER_NODE is {processes}; this node shows {shown}; an empty CUDA_VISIBLE_DEVICES runs the processes on the CPU"
+    assert capfd.readouterr().err == f"megatron: {sentence}\n"
+    assert not (tmp_path / "started").exists()
+    failure = read_failure(tmp_path)
+    assert (failure.reason, failure.message, failure.rank) == (Reason.CONFIGURATION, sentence, None)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(("visible", "processes"), [(None, 4), ("", 8), ("-1", 8), ("3,2", 2)])
+def test_processes_that_have_a_gpu_each_or_run_on_the_cpu_are_started(visible: str | None, processes: int) -> None:
+    launch.check_devices(Node(processes, 1, 0, "127.0.0.1", 1), {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+
+
+def test_a_machine_without_gpus_runs_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "DEVICE_FOLDER", tmp_path)
+    launch.check_devices(Node(8, 1, 0, "127.0.0.1", 1), {"CUDA_VISIBLE_DEVICES": "0"})
 
 
 def is_alive(pid: int) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -113,6 +116,31 @@ def test_an_older_attempt_leaves_a_newer_ones_address_and_report(tmp_path: Path)
     assert (tmp_path / "out" / "progress.json").read_text() == address
     assert RunReport.model_validate_json((tmp_path / "out" / "report.json").read_bytes()).succeeded
     newer.close()
+
+
+def loopbacks() -> list[str]:
+    """The loopback addresses of this machine: not every one has IPv6."""
+    with socket.socket(socket.AF_INET6) if socket.has_dualstack_ipv6() else contextlib.nullcontext() as probe:
+        has_both = probe is not None and probe.connect_ex(("::1", 9)) in (0, errno.ECONNREFUSED)
+    return ["127.0.0.1", *(["[::1]"] if has_both else [])]
+
+
+@pytest.mark.parametrize("loopback", loopbacks())
+def test_all_addresses_are_those_of_both_families(loopback: str, tmp_path: Path) -> None:
+    report = Report(make_config(tmp_path / "out", progressHost="0.0.0.0"), rank=0)
+    report.serve()
+    port = int(json.loads((report.folder / "progress.json").read_text())["address"].rpartition(":")[2])
+    with urllib.request.urlopen(f"http://{loopback}:{port}/progress", timeout=10) as answer:
+        assert Progress.model_validate_json(answer.read()).stage == "starting"
+    report.close()
+
+
+def test_all_addresses_of_a_machine_without_ipv6_are_those_of_ipv4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "EVERY_ADDRESS_OF_BOTH", "100::1")  # nobody's: cannot be bound, as nothing of IPv6 can on such a machine
+    report = Report(make_config(tmp_path / "out", progressHost="0.0.0.0"), rank=0)
+    report.serve()
+    assert get(report, "/progress")
+    report.close()
 
 
 def test_a_port_in_use_is_refused_by_its_field(report: Report, tmp_path: Path) -> None:
