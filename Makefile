@@ -29,7 +29,7 @@ check: setup ## what to run before a commit (under a minute)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target quick types lint layers verify
 
 quick: setup
-	$(TESTS) $(FAST)
+	$(TESTS) -n 2 $(FAST)
 
 types: setup
 	$(PYTHON) -m mypy
