@@ -33,6 +33,8 @@ class TrainerFailure:
     message: str
     rank: int | None
     exit_code: int | None
+    host: str | None
+    """Host name of the node whose rank failed first."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def read_failure(termination_message: str) -> TrainerFailure | None:
         message=message if isinstance(message, str) else "",
         rank=_integer(failure.get("rank"), 0),
         exit_code=_integer(failure.get("exitCode"), -(2**31)),
+        host=failure["node"] if isinstance(failure.get("node"), str) else None,
     )
 
 

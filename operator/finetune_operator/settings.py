@@ -28,7 +28,7 @@ class Settings(Contract):
     work_claim: Name | None = Field(None, description="Claim for work where a job names none. Absent: a job in a cluster must name one.")
     run_file: Name = Field("/run/finetune/run.json", description="Where a pod finds its RunConfig.")
     termination_message_path: Name = Field("/dev/termination-log", description="Where a pod writes the summary of its report.")
-    master_port: Port = Field(29500, description="Port of the gang's rendezvous on node 0.")
+    master_port: Port = Field(29500, description="Port of the gang's rendezvous on node 0; the launchers watch one another on the next one.")
     progress_port: Port = Field(8080, description="Port of /metrics and /progress in a pod.")
     grace_seconds: Positive = Field(30, description="Time that ranks have to write a checkpoint after SIGTERM.")
     watch_namespaces: list[Name] = Field([], max_length=256, description="Namespaces whose jobs are served. Empty: all.")

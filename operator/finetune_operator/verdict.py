@@ -74,10 +74,10 @@ def _of_rank(rank: int, pod: Pod | None, observed: Observed) -> Verdict | None:
     if pod.deletion is not None or (pod.failed and pod.disrupted):
         return _taken_away(pod, observed)
     if pod.failed and pod.exit_code is not None:
-        return _failed(pod)
+        return _failed(pod, observed)
     if not pod.succeeded and observed.lost_in(pod) == 0:
         return _node_lost(pod, observed)
-    return _failed(pod) if pod.failed else None
+    return _failed(pod, observed) if pod.failed else None
 
 
 def _taken_away(pod: Pod, observed: Observed) -> Verdict:
@@ -103,13 +103,15 @@ def _node_lost(pod: Pod, observed: Observed) -> Verdict:
     return Verdict(OperatorReason.NODE_LOST, message, node=pod.node)
 
 
-def _failed(pod: Pod) -> Verdict:
-    """The trainer's own words; where it left none its exit code; else Kubernetes' words."""
+def _failed(pod: Pod, observed: Observed) -> Verdict:
+    """The trainer's own words, which every node's launcher has of the one that failed first; where it left none its exit code; else Kubernetes' words."""
     told = read_failure(pod.termination_message)
     if _is_killed_for_memory(pod) and (told is None or told.reason is Reason.INTERNAL):
         return _about(pod, Reason.OUT_OF_MEMORY, _memory_message(pod))
     if told is not None:
-        return _about(pod, told.reason, told.message or f"pod {pod.name} ended with exit code {pod.exit_code}", told.rank)
+        culprit = next((each for each in observed.gang if observed.job is not None and names.host(observed.job.name, each.node_rank) == told.host), pod)
+        message = told.message or f"pod {culprit.name} ended with exit code {culprit.exit_code}"
+        return Verdict(told.reason, message, told.rank, culprit.node, pod.exit_code, pod.finished)
     row = next((row for row in EXITS if row.code == pod.exit_code), None)
     if row is not None:
         return _about(pod, row.reason, f"pod {pod.name} ended with exit code {row.code} and left no report")

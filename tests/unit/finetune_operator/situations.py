@@ -67,9 +67,9 @@ def report(**fields: Any) -> RunReport:
     return RunReport(**values, start_time=START, completion_time=START).model_copy(update=fields)
 
 
-def told_failure(reason: Reason, message: str, exit_code: int, rank: int = 3) -> str:
-    """The termination message of a trainer that failed."""
-    failure = FailureReport(reason=reason, message=message, rank=rank, node="tiny-0", exit_code=exit_code)
+def told_failure(reason: Reason, message: str, exit_code: int, rank: int = 3, host: str = "elsewhere") -> str:
+    """The termination message of a trainer that failed; ``host`` is the host name of the node whose rank failed first."""
+    failure = FailureReport(reason=reason, message=message, rank=rank, node=host, exit_code=exit_code)
     return report(succeeded=False, failure=failure).summary()
 
 

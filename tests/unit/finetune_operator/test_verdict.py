@@ -19,8 +19,8 @@ def judged(*pods: Any, **fields: Any) -> Observed:
     return seen(TRAINING, *pods, **{"now": 101, **fields})
 
 
-def told(reason: Reason, message: str, code: int, rank: int = 3) -> str:
-    return told_failure(reason, message, code, rank)
+def told(reason: Reason, message: str, code: int, rank: int = 3, host: str = "elsewhere") -> str:
+    return told_failure(reason, message, code, rank, host)
 
 
 VERDICTS: list[tuple[str, Observed, str, str, Consequence]] = [
@@ -308,6 +308,14 @@ def test_failure_says_which_rank_on_which_node_with_which_code() -> None:
     assert isinstance(verdict, Verdict)
     failure = verdict.failure
     assert (failure.reason, failure.rank, failure.node, failure.exit_code) == ("OutOfMemory", 2, "node-1", 15)
+
+
+def test_failure_is_of_the_node_whose_rank_failed_first_whichever_pod_ended_first() -> None:
+    message = told(Reason.NUMERIC, "rank 0: the loss is not finite", 14, rank=0, host="tiny-0")
+    pods = (failed(0, 14, termination_message=message, finished=at(101)), failed(1, 14, termination_message=message, finished=at(100)))
+    verdict = judge(judged(*pods), SETTINGS)
+    assert isinstance(verdict, Verdict)
+    assert (verdict.failure.rank, verdict.failure.node) == (0, "node-0")
 
 
 def test_hang_is_of_the_node_that_was_asked() -> None:
