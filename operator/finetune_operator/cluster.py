@@ -102,6 +102,7 @@ class Cluster:
         for event in decision.events:
             self._tell(job, event, decision.status)
         self.poller.follow(job.key, decision.status.attempt, decision.poll, spoken=decision.status.progress is not None)
+        job.rest()
         return decision, made or not (written or decision.delete)
 
     async def _decide(self, job: JobRecord) -> tuple[Decision, bool]:
@@ -184,9 +185,7 @@ class Cluster:
         if status.progress != job.status.progress:
             self.poller.note_written(job.key)
         _count(job, status)
-        version = int(answer.body["metadata"]["resourceVersion"])
-        if version > job.resource_version:
-            job.resource_version, job.status = version, status
+        job.note_written(int(answer.body["metadata"]["resourceVersion"]), status)
         return True
 
     async def _delete(self, job: JobRecord, deletions: Iterable[Deletion]) -> None:

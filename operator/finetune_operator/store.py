@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import orjson
 from pydantic import ValidationError
 
 from finetune_operator import names, schema
@@ -42,23 +43,37 @@ class JobRecord:
     generation: int
     resource_version: int
     deleted: bool
-    spec: Any
-    status: Status
+    spec: bytes
+    """As JSON: a tenth of what it takes as dictionaries."""
+    written: bytes
+    """Its status as far as it can be read, as JSON."""
     held: bool = False
     """Whether what decides of its status cannot be read: then nothing is done about it."""
+
+    @cached_property
+    def status(self) -> Status:
+        """Its status as it was last told, or written."""
+        return Status.model_validate(orjson.loads(self.written))
 
     @cached_property
     def parsed(self) -> FineTuneJob | InvalidJob:
         """The job as a model, or why it cannot be read."""
         metadata = {"namespace": self.key[0], "name": self.key[1], "uid": self.uid}
         try:
-            return schema.parse({"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "spec": self.spec})
+            return schema.parse({"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "spec": orjson.loads(self.spec)})
         except InvalidJob as problems:
             return problems
 
     def rest(self) -> None:
-        """Nothing is to be decided for now: the model is made again when it is wanted (0.1 ms); it takes 10 KiB."""
+        """Nothing is to be decided for now: the models are made again when they are wanted (0.2 ms); they take 17 KiB."""
         self.__dict__.pop("parsed", None)
+        self.__dict__.pop("status", None)
+
+    def note_written(self, resource_version: int, status: Status) -> None:
+        """Take in a status that was written: what a watch tells of it later is no news."""
+        if resource_version > self.resource_version:
+            self.resource_version, self.written = resource_version, orjson.dumps(dump_status(status))
+            self.__dict__.pop("status", None)
 
 
 @dataclass
@@ -87,8 +102,8 @@ class Store:
             generation=metadata["generation"],
             resource_version=version,
             deleted="deletionTimestamp" in metadata,
-            spec=raw.get("spec"),
-            status=status or Status(),
+            spec=orjson.dumps(raw.get("spec")),
+            written=orjson.dumps(dump_status(status or Status())),
             held=status is None,
         )
         if known is not None and same and known.generation == record.generation and "parsed" in known.__dict__:
