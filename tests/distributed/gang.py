@@ -8,6 +8,7 @@ starts new ones. This file is also the workers' program: ``python gang.py FILE_D
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -193,6 +194,7 @@ def _perform(task: Task) -> Answer:
         finally:
             if parallel := sys.modules.get("finetune_trainer.parallel"):
                 parallel.shut_down()
+                gc.collect()  # a gloo group lives as long as the models in whose cycles it hangs, and wakes its thread a hundred times a second
     except BaseException as error:  # noqa: BLE001 the test gets whatever it is
         return _failure(error)
 
@@ -230,6 +232,7 @@ def _work(connection: Connection, preload: list[str]) -> None:
     except BaseException as error:  # noqa: BLE001 told to the session, which reports it
         connection.send_bytes(_answer_bytes(_failure(error)))
         return
+    gc.freeze()  # what was imported stays, and need not be looked at after each task
     connection.send(Answer())
     while True:
         connection.send_bytes(_answer_bytes(_perform(tasks.get())))
