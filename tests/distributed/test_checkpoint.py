@@ -26,18 +26,18 @@ PP2: dict[str, Any] = {"tensorModelParallelSize": 1, "pipelineModelParallelSize"
 DP2: dict[str, Any] = {"tensorModelParallelSize": 1}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tied embeddings, so that a pipeline holds one parameter twice."""
     return make_tiny_model("qwen3", tmp_path_factory.mktemp("model") / "qwen3", num_hidden_layers=2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_rows(tmp_path_factory.mktemp("rows"), 40)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def uninterrupted(gang2: Gang, model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Outcome, Path]]:
     """Runs of 6 steps on TP2, with checkpoints at 3 and 6."""
     found = {}

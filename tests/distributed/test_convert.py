@@ -44,7 +44,7 @@ LORA = {"tunerType": "lora", "loraRank": 4, "loraAlpha": 12, "loraDropout": 0.0,
 ONE_FILE = 2**30
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_tiny_model(name.split("-")[0], tmp_path_factory.mktemp(name) / name, **overrides) for name, overrides in MODELS.items()}
 

@@ -29,7 +29,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 ROWS = token_rows((33, 20, 7, 51), VOCAB_SIZE)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("qwen3", tmp_path_factory.mktemp("lora") / "qwen3")
 
@@ -60,7 +60,7 @@ def step(layout: Layout) -> tuple[float, dict[str, torch.Tensor], int]:
     return *collect_gradients(built, [ROWS[:2], ROWS[2:]]), built.ranks.tp.rank
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def expected(folder: Path, gang1: Gang) -> dict[str, torch.Tensor]:
     """Gradients of every adapter on one rank, without recompute."""
     ((loss, gradients, _),) = gang1.run(step, Layout(folder, tuning=TUNING))

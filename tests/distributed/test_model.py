@@ -36,7 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 ROWS = token_rows((5, 64, 131, 17), VOCAB_SIZE)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_tiny_model(name.split("-")[0], tmp_path_factory.mktemp(name) / name, **overrides) for name, overrides in MODELS.items()}
 

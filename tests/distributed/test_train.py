@@ -29,23 +29,23 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def gangs(gang1: Gang, gang2: Gang, gang4: Gang) -> dict[int, Gang]:
     return {1: gang1, 2: gang2, 4: gang4}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {family: make_tiny_model(family, folder / family) for family in ("llama", "qwen3")}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_rows(tmp_path_factory.mktemp("rows"), 40)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def expected(models: dict[str, Path], rows: Path, gang1: Gang, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """Losses on one rank. llama has its own output layer, qwen3's is tied to the embedding."""
     jobs = {
