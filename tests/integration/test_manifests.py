@@ -16,7 +16,7 @@ from kube_api import ApiError, ApiServer
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 SETTINGS = Settings(work_claim="results", trainer_image="registry.example/trainer:1.0")
-NAMESPACE = "restricted"
+NAMESPACE = "manifests"
 PLURALS = {"Service": "services", "PersistentVolumeClaim": "persistentvolumeclaims", "Pod": "pods"}
 
 
