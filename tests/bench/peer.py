@@ -77,7 +77,7 @@ def train(model: Any, rows: Sequence[data.Row], config: RunConfig, place: Place,
     steps = []
     for step in range(training.train_iters or 1):
         begin = time.perf_counter()
-        batches = data.micro_batches(order, step, training.global_batch_size, rows_per_pass, place)
+        batches = data.micro_batches(order, step, training.global_batch_size, rows_per_pass, place, [len(row) for row in rows])
         every = [rows[order[step * training.global_batch_size + index]] for index in range(training.global_batch_size)]
         num_labelled = sum(int(row.labelled[1:].sum()) for row in every)
         loss = sum(backward(model, [rows[index] for index in batch], num_labelled) for batch in batches)

@@ -94,7 +94,8 @@ class Gang:
             }
             source = inspect.getsourcefile(function)
             assert source is not None
-            connection.send(Task(function.__module__, source, function.__qualname__, args, kwargs, {name: str(value) for name, value in environment.items()}))
+            task = Task(function.__module__, source, function.__qualname__, args, kwargs, {name: str(value) for name, value in environment.items()})
+            connection.send_bytes(pickle.dumps(task))  # not send: multiprocessing would pass a tensor as a handle of shared memory
         answers = self._collect(deadline_seconds)
         if len(answers) < self.size or any(answer.died for answer in answers.values()):
             self.close()
@@ -216,12 +217,16 @@ def _answer_bytes(answer: Answer) -> bytes:
 
 def _work(connection: Connection, preload: list[str]) -> None:
     """A worker's life: import once, then one task after the other until the test session closes the pipe."""
-    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[Task | Answer] = queue.SimpleQueue()
 
     def listen() -> None:
         try:
             while True:
-                tasks.put(connection.recv())
+                received = connection.recv_bytes()
+                try:
+                    tasks.put(pickle.loads(received))
+                except Exception as error:  # noqa: BLE001 arguments that cannot be rebuilt here are the test's mistake, and are told to it
+                    tasks.put(_failure(error))
         except (EOFError, OSError):
             os.killpg(0, signal.SIGKILL)  # the session has ended; a task that hangs in a collective must not outlive it
 
@@ -235,7 +240,8 @@ def _work(connection: Connection, preload: list[str]) -> None:
     gc.freeze()  # what was imported stays, and need not be looked at after each task
     connection.send(Answer())
     while True:
-        connection.send_bytes(_answer_bytes(_perform(tasks.get())))
+        given = tasks.get()
+        connection.send_bytes(_answer_bytes(_perform(given) if isinstance(given, Task) else given))
 
 
 def main() -> None:

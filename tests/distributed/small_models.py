@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -15,8 +15,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import param_is_not_shared
 
-from finetune_trainer import convert, hf_files, model, parallel
+from finetune_trainer import convert, hf_files, model, parallel, train
 from finetune_trainer.contract import RunConfig
+from finetune_trainer.data import Row, collate
 from finetune_trainer.families import find
 from finetune_trainer.parallel import Ranks
 
@@ -66,42 +67,35 @@ def build(layout: Layout) -> Built:
 def collect_gradients(built: Built, micro_batches: list[list[list[int]]]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss of one step and what Megatron's schedules and DDP leave in ``main_grad`` of each trained parameter, by canonical name; the loss on the last stage only.
 
-    A micro batch is rows packed one after another, filled up to a multiple of the tensor size by a row that does not count.
+    A micro batch is rows packed one after another, all of whose tokens are learned.
     """
     config = built.chunks[0].config
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
     wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in built.chunks]
     config.finalize_model_grads_func = finalize_model_grads
-    losses = []
-
-    def forward_step(iterator: Iterator[list[list[int]]], chunk: Any) -> Any:
-        rows = next(iterator)
-        filler = -sum(map(len, rows)) % built.ranks.tp.size
-        packed = rows + [[0] * filler] * (filler > 0)
-        tokens = torch.tensor([[token for row in packed for token in row]])
-        labels = torch.tensor([[token for row in packed for token in [*row[1:], 0]]])
-        mask = torch.tensor([[float(row is not packed[-1] or not filler) * (index < len(row) - 1) for row in packed for index in range(len(row))]])
-        output = chunk(tokens, torch.zeros_like(tokens), None, labels=labels, packed_seq_params=pack(packed))
-        return output, lambda loss: ((loss * mask).sum(), mask.sum().int(), {"loss": [(loss.detach() * mask).sum().item(), mask.sum().item()]})
-
+    batches = [collate([data_row(row) for row in rows], built.ranks.tp.size, built.ranks.device) for rows in micro_batches]
     for chunk in wrapped:
         chunk.zero_grad_buffer()
         chunk.train()
     losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
+        forward_step_func=train.forward_step,
+        data_iterator=iter(batches),
         model=wrapped[0],
         num_microbatches=len(micro_batches),
         seq_length=1,
         micro_batch_size=1,
         forward_only=False,
     )
-    total = [sum(part) for part in zip(*(loss["loss"] for loss in losses), strict=True)]
+    total = torch.stack(losses).sum(dim=0).tolist() if losses else []
     unwrapped = model.unwrap(wrapped[0])
     named = unwrapped.named_parameters()
     return total[0] / total[1] if total else 0.0, {
         model.canonical_name(unwrapped, name): parameter.main_grad.clone() for name, parameter in named if parameter.requires_grad
     }
+
+
+def data_row(ids: list[int]) -> Row:
+    return Row(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
 
 
 def counted_square(built: Built, gradients: dict[str, torch.Tensor]) -> float:

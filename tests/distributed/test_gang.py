@@ -97,3 +97,25 @@ def test_a_hung_or_dead_worker_is_told_and_replaced() -> None:
         assert len(gang.run(process)) == 1
     finally:
         gang.close()
+
+
+class Unreadable:
+    """Can be sent, and not received."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return int, ("not a number",)
+
+
+def describe(value: object) -> str:
+    return f"{type(value).__name__} {value}"
+
+
+def test_tensors_are_sent_by_value(gang1: Gang) -> None:
+    import torch
+
+    assert gang1.run(describe, torch.arange(3)) == ["Tensor tensor([0, 1, 2])"]
+
+
+def test_arguments_that_cannot_be_received_fail_the_test(gang1: Gang) -> None:
+    with pytest.raises(ValueError, match="not a number"):
+        gang1.run(describe, Unreadable())

@@ -37,7 +37,6 @@ def make_config(model: Path, data: Path, output: Path, **sections: dict[str, Any
                 "minLr": 1e-4,
                 "lrWarmupIters": 3,
                 "recomputeGranularity": "none",
-                "crossEntropyLossFusion": False,
             },
             "run": {"outputDir": str(output)},
         }
@@ -73,7 +72,8 @@ def train_with_engine(config: RunConfig, initial: Path) -> list[Step]:
     train.set_training(trainer, True)
     reading, steps = order(len(rows), config.training.seed, True), []
     for step in range(STEPS):
-        batches = [train.collate([rows[number] for number in some], ranks.tp.size, ranks.device) for some in micro_batches(reading, step, 8, 2, ranks.dp)]
+        numbers = micro_batches(reading, step, 8, 2, ranks.dp, [len(row) for row in rows])
+        batches = [train.collate([rows[number] for number in some], ranks.tp.size, ranks.device) for some in numbers]
         sums = train.sum_up(train.run_forward_backward(trainer, batches), batches, ranks, False)
         factors = [factor.weight for _, layer in lora.adapters(chunks) for factor in (layer.lora_A, layer.lora_B)]
         values = [parameter.detach().clone() for parameter in factors]

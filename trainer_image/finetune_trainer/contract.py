@@ -227,8 +227,8 @@ class TrainingConfig(Contract):
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp"]] | None = Field(
         None, min_length=1, max_length=8, description="With selective: what is recomputed. Absent: core_attn."
     )
-    cross_entropy_loss_fusion: bool = Field(
-        True, description="Fused cross entropy (Megatron-core's native one, whose gradient is rounded to bfloat16); only where the run's type is not float32."
+    cross_entropy_loss_fusion: Annotated[bool, Flag(inert="output layer and loss are always one, on labelled tokens only, and the softmax is float32")] = Field(
+        True, description="Accepted for Megatron-SWIFT's scripts."
     )
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] | None = Field(
         None, description="Attention kernel of transformer-engine. Absent: its own choice. A CPU has one only."

@@ -10,18 +10,21 @@ run's data type (4 or 2), and the stage of the pipeline that needs most counts::
     Adam           8 x T / d            sgd: 4; without the distributed optimizer d is 1
     LoRA's own     b x T                A (replicated for linear_qkv and linear_fc1, cut for the others) and B
     activations    b x tokens x (what the layers of the stage keep) x (micro batches in flight: at most p - stage)
-    logits         (b + 8) x tokens x vocabulary / t        on the last stage: logits, their softmax and gradient in float32
-    overhead       OVERHEAD_GIB         libraries, communication buffers, workspace
+    the larger of
+      a layer      b x tokens x (3 f / t, and what full recomputation makes again of one group of layers): the gradients of one layer's MLP, at work
+      the output   on the last stage: logits, in their place their gradient, and the gradient of its input. Frozen (LoRA): PIECE_BYTES of logits at a time;
+                   trained: b x tokens x vocabulary / t, and the weight's gradient
+    overhead       OVERHEAD_GIB         workspaces; on a CPU, where the process's whole memory counts, its libraries
+
+What a GPU holds outside of the allocator (CUDA itself, NCCL's buffers, fragments) is in ``resolve``'s judgement of what fits.
 
 A layer keeps, per token: ``4 h`` (its input, both norms' outputs, the sum between); of attention, over ``t``, on a GPU ``2 n_q + 2 n_kv`` (queries,
-keys, values, the result), on a CPU ``5 n_q`` (each head has its own copy of keys and values there, and results are put together again); of
-the MLP, over ``t``, ``4 f`` on a GPU and ``5 f`` on a CPU (both halves of the first layer, the activation, the product; unfused, one more).
-LoRA's dropout keeps each linear layer's input again, with a mask of one byte on a GPU and of a whole number on a CPU. Sequence
-parallelism cuts the ``h`` terms by ``t`` too. Full recomputation keeps ``h`` per group of layers and one group's activations; selective
-leaves out what its modules recompute. ``tokens`` is micro batch x tokens of a row.
+keys, values, the result), on a CPU ``6 n_q + n_kv`` (each head has its own copy of keys and values there, and results are put together again); of
+the MLP, over ``t``, ``3 f`` (gate and up projection, the activation). LoRA's dropout keeps a mask for each linear layer's input, of one byte on a GPU
+and of a whole number on a CPU; on a GPU, which needs attention's result itself too, also what dropout makes of that. Sequence parallelism cuts the
+``h`` terms by ``t`` too. Full recomputation keeps ``h`` per group of layers; selective leaves out what its modules recompute. ``tokens`` is micro batch x
+tokens of a row, all of them labelled.
 
-Measured once on a CPU (SmolLM2-135M, float32, one process, 8 rows of 492 tokens), in GiB, with the estimate in brackets: LoRA with micro
-batch 8: 12.2 (12.5), micro batch 2: 5.6 (4.4), micro batch 8 with full recomputation: 3.3 (4.5); every weight with micro batch 2: 6.3 (5.2).
 The figures of a GPU are from counting alone.
 """
 
@@ -33,7 +36,9 @@ from typing import Any, Literal, cast, get_args
 
 from finetune_trainer.contract import ModelError, RunConfig, TorchDtype
 
-OVERHEAD_GIB: Mapping[str, float] = {"cuda": 2.0, "cpu": 1.25}
+OVERHEAD_GIB: Mapping[str, float] = {"cuda": 0.1, "cpu": 1.25}
+PIECE_BYTES = 2**29
+"""Logits that are in memory at a time while the output layer is frozen."""
 GIB = 2.0**30
 
 Device = Literal["cuda", "cpu"]
@@ -132,9 +137,20 @@ def _stage_bytes(config: RunConfig, facts: ModelFacts, machine: Machine, row_tok
     weights = width * (base + trained) if lora else width * base
     micro_batches = config.training.global_batch_size // (data_parallel_size(config, machine.world_size) * (config.training.micro_batch_size or 1))
     in_flight = max(1, min(len(shares) - stage, micro_batches))
-    activations = width * tokens * _kept_per_token(config, facts, machine.device, layers) * in_flight
-    logits = (width + 8) * tokens * vocab if last else 0
-    return weights + trained * _state_bytes(config, width, machine.world_size) + activations + logits
+    kept, working = _activations(config, facts, machine.device, layers)
+    at_work = max(width * tokens * working, _output_bytes(config, facts, machine.device, width, tokens) if last else 0)
+    return weights + trained * _state_bytes(config, width, machine.world_size) + width * tokens * kept * in_flight + at_work
+
+
+def _output_bytes(config: RunConfig, facts: ModelFacts, device: Device, width: int, tokens: int) -> float:
+    """Bytes of the output layer and its loss at work; on a CPU the softmax has a copy of the logits."""
+    layout = config.parallelism
+    vocab = -(-facts.vocab_size // (layout.tensor_model_parallel_size or 1))
+    copies = 2 if device == "cpu" else 1
+    inputs = (3 if layout.sequence_parallel else 2) * width * tokens * facts.hidden_size
+    if config.tuning.tuner_type == "lora":
+        return copies * min(PIECE_BYTES, width * tokens * vocab) + inputs
+    return copies * width * tokens * vocab + width * vocab * facts.hidden_size + inputs
 
 
 def _vocab_matrices(facts: ModelFacts, stage: int, stages: int) -> int:
@@ -169,23 +185,23 @@ def _state_bytes(config: RunConfig, width: int, world_size: int) -> float:
     return 4 + (moments + (4 if width == 2 else 0)) / sharers
 
 
-def _kept_per_token(config: RunConfig, facts: ModelFacts, device: Device, layers: int) -> float:
-    """Numbers that the layers of a stage keep for the backward pass, per token."""
+def _activations(config: RunConfig, facts: ModelFacts, device: Device, layers: int) -> tuple[float, float]:
+    """Numbers per token: what the layers of a stage keep for the backward pass, and what one of them has at work in it."""
     training, tensor = config.training, config.parallelism.tensor_model_parallel_size or 1
     hidden = facts.hidden_size / (tensor if config.parallelism.sequence_parallel else 1)
     query, key_value = facts.num_attention_heads * facts.head_dim / tensor, facts.num_query_groups * facts.head_dim / tensor
-    ffn = facts.ffn_hidden_size / tensor
-    attention, mlp, mask = (5 * query, 5 * ffn, 1.0) if device == "cpu" else (2 * query + 2 * key_value, 4 * ffn, 0.5)
+    mlp = 3 * facts.ffn_hidden_size / tensor
+    attention, mask, copied = (6 * query + key_value, 1.0, 0.0) if device == "cpu" else (2 * query + 2 * key_value, 0.5, query)
     dropped = 0.0
     if config.tuning.tuner_type == "lora" and config.tuning.lora_dropout:
-        dropped = (1 + mask) * (2 * hidden + query + ffn)
+        dropped = mask * (2 * hidden + query + facts.ffn_hidden_size / tensor) + copied
     layer = 4 * hidden + attention + mlp + dropped
     if training.recompute_granularity == "full":
         group = training.recompute_num_layers or 1
         if training.recompute_method == "block":
             recomputed = min(group, layers)
-            return recomputed * hidden + max(1, layers - recomputed) * layer
-        return layers / group * hidden + min(group, layers) * layer
+            return recomputed * hidden + (layers - recomputed) * layer, layer + mlp
+        return layers / group * hidden, min(group, layers) * layer + mlp
     saved = {"core_attn": query, "layernorm": 2 * hidden, "mlp": mlp}
-    recomputed_modules = training.recompute_modules or [] if training.recompute_granularity == "selective" else []
-    return layers * (layer - sum(saved[module] for module in recomputed_modules))
+    again = sum(saved[module] for module in training.recompute_modules or []) if training.recompute_granularity == "selective" else 0.0
+    return layers * (layer - again), again + mlp

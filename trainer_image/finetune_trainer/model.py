@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 import re
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 from torch import distributed
 
-from finetune_trainer import megatron_cpu
+from finetune_trainer import loss, megatron_cpu
 from finetune_trainer.contract import ConfigurationError, ParallelismConfig, RunConfig, TrainingConfig
 from finetune_trainer.families import Architecture, Family
 from finetune_trainer.parallel import Ranks
 from finetune_trainer.shards import padded_vocab_size
+from finetune_trainer.swiglu import SwiGLU
 
 megatron_cpu.install()
 
@@ -88,52 +88,12 @@ def build(family: Family, hf_config: Mapping[str, Any], config: RunConfig, ranks
     )
     model.rotary_pos_emb.inv_freq = rotary_frequencies(architecture).to(ranks.device)
     model.architecture = architecture
-    _leave_out_padding(model, architecture.vocab_size, ranks)
-    model.selected_rows = None
     if ranks.is_last_stage:
-        model.output_layer.register_forward_pre_hook(functools.partial(_select_rows, model))
+        loss.attach(model.output_layer, architecture.vocab_size, ranks.tp.size, ranks.tp.rank)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(math.nan)
     return [model]
-
-
-@contextlib.contextmanager
-def output_rows(chunk: torch.nn.Module, rows: torch.Tensor | None) -> Iterator[None]:
-    """While it lasts, the output layer computes the logits of these positions only; None: of all.
-
-    ``rows``: indices [selected] into the packed sequence. Logits that no label asks for are a large part of a small
-    model's work and of any model's memory. With sequence parallelism a rank holds a part of the sequence, so there the
-    caller passes None.
-    """
-    model = unwrap(chunk)
-    assert rows is None or not model.config.sequence_parallel, "positions are those of the whole sequence"
-    model.selected_rows = rows
-    try:
-        yield
-    finally:
-        model.selected_rows = None
-
-
-def _select_rows(model: GPTModel, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    hidden, *others = inputs  # [sequence, batch, hidden]
-    return (hidden if model.selected_rows is None else hidden.index_select(0, model.selected_rows), *others)
-
-
-def _leave_out_padding(model: GPTModel, vocab_size: int, ranks: Ranks) -> None:
-    """Keep the rows that pad the vocabulary out of the loss's softmax: the logits of this rank's padding become -inf."""
-    columns = padded_vocab_size(vocab_size, ranks.tp.size) // ranks.tp.size
-    start = max(vocab_size - ranks.tp.rank * columns, 0)
-    if not ranks.is_last_stage or start >= columns:
-        return
-
-    def hook(module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits, bias = output
-        first = start if logits.shape[-1] == columns else vocab_size  # this rank's columns, or all ranks' gathered
-        is_padding = torch.arange(logits.shape[-1], device=logits.device) >= first
-        return logits.masked_fill(is_padding, -math.inf), bias
-
-    model.output_layer.register_forward_hook(hook)
 
 
 def transformer_config(architecture: Architecture, config: RunConfig, device: torch.device) -> TransformerConfig:
@@ -160,8 +120,6 @@ def transformer_config(architecture: Architecture, config: RunConfig, device: to
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
         "calculate_per_token_loss": True,
-        # The fused loss rounds its gradient to bfloat16 whatever the type of the run.
-        "cross_entropy_loss_fusion": config.training.cross_entropy_loss_fusion and dtype is not torch.float32,
         "init_method": _leave_as_it_is,
         "output_layer_init_method": _leave_as_it_is,
         "persist_layer_norm": False,
@@ -183,12 +141,11 @@ def _leave_as_it_is(tensor: torch.Tensor) -> None:
 
 
 def _fusions(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Fused kernels: those that need no package beyond transformer-engine, on a GPU."""
+    """Fused kernels: none that torch.compile makes when it first runs (the residual's addition is one kernel by itself, without bias and dropout)."""
     fused = device.type == "cuda"
     backend = config.training.attention_backend
     return {
-        "bias_activation_fusion": fused,
-        "bias_dropout_fusion": fused,
+        "use_te_activation_func": True,  # the activation is a module: SwiGLU, whatever the layers are
         "apply_rope_fusion": fused and has_transformer_engine(),
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
@@ -248,15 +205,20 @@ def block_spec(architecture: Architecture, transformer: TransformerConfig, ranks
     This is the one place where the module of a whole layer (``ModuleSpec.module``, a TransformerLayer) is chosen.
     """
     if has_transformer_engine() and transformer.attention_backend is not AttnBackend.local:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_layernorm)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_layernorm)
-    attention = spec.submodules.self_attention.submodules
+        return _with_activation(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_layernorm))
+    spec = _with_activation(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_layernorm))
     qk_norm = {"q_layernorm": SeparateRMSNorm, "k_layernorm": SeparateRMSNorm} if architecture.qk_layernorm else {}
-    self_attention = dataclasses.replace(spec.submodules.self_attention, submodules=dataclasses.replace(attention, core_attention=SdpaAttention, **qk_norm))
-    layer = dataclasses.replace(
-        spec, submodules=dataclasses.replace(spec.submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=self_attention)
-    )
+    attention = _change(spec.submodules.self_attention, core_attention=SdpaAttention, **qk_norm)
+    layer = _change(spec, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(transformer, pp_rank=ranks.pp.rank), layer_norm=SeparateRMSNorm)
+
+
+def _with_activation(layer: ModuleSpec) -> ModuleSpec:
+    return _change(layer, mlp=_change(layer.submodules.mlp, activation_func=SwiGLU))
+
+
+def _change(spec: ModuleSpec, **submodules: Any) -> ModuleSpec:
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **submodules))
 
 
 def rotary_frequencies(architecture: Architecture) -> torch.Tensor:

@@ -41,6 +41,8 @@ __all__ = [
 ASSUMED_ROW_TOKENS = 2048
 CPU_MICRO_BATCH = 8
 USABLE_MEMORY = 0.9
+OUTSIDE_GIB = {"cuda": 2.0, "cpu": 0.0}
+"""What a GPU holds beside what the estimate counts: CUDA itself, NCCL's buffers."""
 TARGET_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -120,10 +122,6 @@ def _fill_training(config: RunConfig) -> RunConfig:
 def _drop_without_effect(config: RunConfig, machine: Machine, notes: list[str]) -> RunConfig:
     """Switch off what has no meaning here, each with a note."""
     training = config.training
-    if training.cross_entropy_loss_fusion and config.model.torch_dtype == "float32":
-        config = _with(config, "training", cross_entropy_loss_fusion=False)
-        if "cross_entropy_loss_fusion" in training.model_fields_set:
-            notes.append("training.crossEntropyLossFusion has no effect: the run's type is float32, whose gradient the fused kernel would round to bfloat16")
     if machine.device == "cpu":
         if training.attention_backend not in (None, "auto", "local"):
             notes.append(f"training.attentionBackend {training.attention_backend} has no effect: a CPU has one attention")
@@ -214,7 +212,7 @@ def _choose_layout(config: RunConfig, facts: ModelFacts, machine: Machine, row_t
 
 
 def _fits(memory_gib: float, machine: Machine) -> bool:
-    return machine.memory_gib <= 0 or memory_gib <= USABLE_MEMORY * machine.memory_gib
+    return machine.memory_gib <= 0 or memory_gib + OUTSIDE_GIB[machine.device] <= USABLE_MEMORY * machine.memory_gib
 
 
 def _candidates(config: RunConfig, facts: ModelFacts, machine: Machine) -> Iterator[RunConfig]:

@@ -5,7 +5,7 @@ The loss of a step is the mean over the labelled tokens of its global batch, and
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from finetune_trainer import megatron_cpu, training_state
+from finetune_trainer import loss, megatron_cpu, training_state
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.contract import ConfigurationError, CurvePoint, NumericError, Preempted, RunConfig, TrainingConfig
 from finetune_trainer.data import Batch, Rows, collate, micro_batches, order
 from finetune_trainer.families import Family
-from finetune_trainer.model import output_rows, packed_sequences, unwrap
+from finetune_trainer.loss import Labelled
+from finetune_trainer.model import packed_sequences, unwrap
 from finetune_trainer.parallel import Ranks
 from finetune_trainer.report import Beginning, Report
 from finetune_trainer.training_state import TrainingState
@@ -185,13 +186,14 @@ def fit(
     """
     training = config.training
     reading = order(len(rows.rows), training.seed, config.data.train_dataloader_shuffle)
+    lengths = [len(row) for row in rows.rows]
     trainer.scheduler.step(beginning.step * training.global_batch_size)
     report.begin(beginning)
     set_training(trainer, True)
     updates = beginning.updates
     for step in range(beginning.step, beginning.total_steps):
         began = time.perf_counter()
-        numbers = micro_batches(reading, step, training.global_batch_size, training.micro_batch_size or 1, ranks.dp)
+        numbers = micro_batches(reading, step, training.global_batch_size, training.micro_batch_size or 1, ranks.dp, lengths)
         batches = [collate([rows.rows[number] for number in some], _multiple(config, ranks), ranks.device) for some in numbers]
         seed_step(trainer, step, ranks)
         sums = sum_up(run_forward_backward(trainer, batches), batches, ranks, stop())
@@ -259,19 +261,19 @@ def run_forward_backward(trainer: Trainer, batches: Sequence[Batch]) -> list[Ten
 def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """One micro batch through this stage: its output, and what makes a loss of it on the last stage."""
     batch = next(batches)
-    rows = None if unwrap(chunk).config.sequence_parallel else batch.loss_mask[0].nonzero()[:, 0]
-    labels, loss_mask = (batch.labels, batch.loss_mask) if rows is None else (batch.labels[:, rows], batch.loss_mask[:, rows])
+    model = unwrap(chunk)
     packed = packed_sequences(batch.cu_seqlens, batch.max_seqlen)
-    with output_rows(chunk, rows):
-        output = chunk(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None, labels=labels, packed_seq_params=packed)
-    return output, functools.partial(sum_loss, loss_mask)
+    learned = loss.labelled(model.output_layer, Labelled(batch.labelled, batch.labels)) if model.post_process else contextlib.nullcontext()
+    with learned:
+        output = chunk(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=None, packed_seq_params=packed)
+    return output, sum_loss
 
 
-def sum_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over labelled tokens of the losses ``[1, tokens]``, their number, and both together for the report."""
-    labelled = loss_mask.sum()
-    reported = torch.stack([(losses.detach().double() * loss_mask).sum(), labelled.double()])
-    return (losses.float() * loss_mask).sum(), labelled.to(torch.int), reported
+def sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses of all labelled tokens, their number, and both together for the report."""
+    labelled = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
+    reported = torch.stack([losses.detach().sum(dtype=torch.float64), labelled.double()])
+    return losses.sum(), labelled, reported
 
 
 def sum_up(outputs: Sequence[Tensor], batches: Sequence[Batch], ranks: Ranks, stop: bool) -> Sums:

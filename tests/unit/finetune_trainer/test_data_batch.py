@@ -20,8 +20,8 @@ ROWS = [make_row([11, 12, 13], [0, 1, 1]), make_row([21, 22], [1, 1])]
 def test_rows_stand_one_after_another_and_labels_are_the_next_tokens_of_the_same_row() -> None:
     batch = collate(ROWS, 1, "cpu")
     assert batch.tokens.tolist() == [[11, 12, 13, 21, 22]]
-    assert batch.labels.tolist() == [[12, 13, 0, 22, 0]]
-    assert batch.loss_mask.tolist() == [[1, 1, 0, 1, 0]]
+    assert batch.labelled.tolist() == [0, 1, 3]
+    assert batch.labels.tolist() == [12, 13, 22]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
     assert batch.cu_seqlens.tolist() == [0, 3, 5]
     assert (batch.max_seqlen, batch.num_tokens) == (3, 5)
@@ -30,8 +30,8 @@ def test_rows_stand_one_after_another_and_labels_are_the_next_tokens_of_the_same
 def test_padding_is_a_sequence_of_its_own_that_counts_nowhere() -> None:
     batch = collate(ROWS, 8, "cpu")
     assert batch.tokens.tolist() == [[11, 12, 13, 21, 22, 0, 0, 0]]
-    assert batch.labels.tolist() == [[12, 13, 0, 22, 0, 0, 0, 0]]
-    assert batch.loss_mask.tolist() == [[1, 1, 0, 1, 0, 0, 0, 0]]
+    assert batch.labelled.tolist() == [0, 1, 3]
+    assert batch.labels.tolist() == [12, 13, 22]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 8]
     assert (batch.max_seqlen, batch.num_tokens) == (3, 5)
@@ -48,14 +48,13 @@ def test_no_padding_where_none_is_needed() -> None:
 def test_packed_row_gives_the_batch_of_its_rows() -> None:
     (packed,) = pack(ROWS, 5)
     alone, together = collate(ROWS, 4, "cpu"), collate([packed], 4, "cpu")
-    for name in ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens"):
+    for name in ("tokens", "labelled", "labels", "position_ids", "cu_seqlens"):
         assert torch.equal(getattr(alone, name), getattr(together, name)), name
 
 
 def test_tensors_have_the_types_that_megatron_reads() -> None:
     batch = collate(ROWS, 2, torch.device("cpu"))
-    assert {batch.tokens.dtype, batch.labels.dtype, batch.position_ids.dtype} == {torch.int64}
-    assert batch.loss_mask.dtype == torch.float32
+    assert {batch.tokens.dtype, batch.labelled.dtype, batch.labels.dtype, batch.position_ids.dtype} == {torch.int64}
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.tokens.device.type == "cpu"
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from finetune_trainer.data.order import make_generator, make_interleaving, make_sample, micro_batches, order
+from finetune_trainer.data.order import deal, make_generator, make_interleaving, make_sample, micro_batches, order
 
 
 @dataclass(frozen=True)
@@ -94,26 +96,59 @@ def test_no_rows_are_refused() -> None:
         order(0, seed=1, shuffle=True)
 
 
+LENGTHS = [5, 90, 7, 40, 12, 61, 33, 2, 80, 19, 55, 8, 71, 3, 26, 47, 11, 64, 38, 15]
+
+
 @pytest.mark.parametrize(("size", "micro_batch_size"), [(1, 1), (1, 8), (2, 1), (2, 2), (4, 2), (8, 1)])
 def test_every_layout_reads_the_same_rows_in_a_step(size: int, micro_batch_size: int) -> None:
     rows = order(20, seed=5, shuffle=True)
     for step in range(6):
-        shares = [micro_batches(rows, step, 8, micro_batch_size, Place(rank, size)) for rank in range(size)]
+        shares = [micro_batches(rows, step, 8, micro_batch_size, Place(rank, size), LENGTHS) for rank in range(size)]
         assert {len(batch) for share in shares for batch in share} == {micro_batch_size}
         assert len({len(share) for share in shares}) == 1
         together = [row for share in shares for batch in share for row in batch]
         assert sorted(together) == sorted(rows[position] for position in range(step * 8, step * 8 + 8))
 
 
-def test_first_process_reads_the_first_micro_batch() -> None:
-    rows = order(100, seed=0, shuffle=False)
-    assert micro_batches(rows, 1, 8, 2, Place(0, 2)) == [[8, 9], [12, 13]]
-    assert micro_batches(rows, 1, 8, 2, Place(1, 2)) == [[10, 11], [14, 15]]
+def test_one_micro_batch_keeps_the_order_of_the_rows() -> None:
+    rows = order(20, seed=5, shuffle=True)
+    assert micro_batches(rows, 1, 8, 8, Place(0, 1), LENGTHS) == [[rows[position] for position in range(8, 16)]]
+
+
+def test_processes_get_about_as_many_tokens_each() -> None:
+    rows = order(20, seed=5, shuffle=False)
+    shares = [micro_batches(rows, 0, 16, 2, Place(rank, 2), LENGTHS) for rank in range(2)]
+    tokens = [sum(LENGTHS[row] for batch in share for row in batch) for share in shares]
+    assert sum(tokens) == sum(LENGTHS[:16]) == 559
+    assert abs(tokens[0] - tokens[1]) <= 3
+    in_order = [sum(LENGTHS[0:8]), sum(LENGTHS[8:16])]
+    assert abs(in_order[0] - in_order[1]) == 59, "rows as they come would differ by a fifth"
+
+
+def test_micro_batches_are_balanced_too() -> None:
+    rows = order(20, seed=5, shuffle=False)
+    batches = [batch for rank in range(2) for batch in micro_batches(rows, 0, 16, 4, Place(rank, 2), LENGTHS)]
+    assert max(sum(LENGTHS[row] for row in batch) for batch in batches) <= 1.05 * 559 / 4
+
+
+def test_rows_of_one_length_are_dealt_evenly() -> None:
+    assert sorted(map(len, deal([7] * 12, 4))) == [3, 3, 3, 3]
+    assert deal([], 3) == [[], [], []]
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.data())
+def test_groups_differ_by_no_more_than_the_largest_size(groups: int, room: int, data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 4096), min_size=groups * room, max_size=groups * room))
+    dealt = deal(sizes, groups)
+    assert sorted(index for group in dealt for index in group) == list(range(len(sizes)))
+    assert {len(group) for group in dealt} == {room}
+    sums = [sum(sizes[index] for index in group) for group in dealt]
+    assert max(sums) - min(sums) <= max(sizes)
 
 
 def test_global_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"globalBatchSize is 8; it must be a multiple of microBatchSize \(3\) x data-parallel size \(2\)"):
-        micro_batches(order(4, 0, False), 0, 8, 3, Place(0, 2))
+        micro_batches(order(4, 0, False), 0, 8, 3, Place(0, 2), [1] * 4)
 
 
 def test_purposes_and_numbers_have_their_own_random_numbers() -> None:

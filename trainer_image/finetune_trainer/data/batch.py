@@ -19,8 +19,8 @@ class Batch:
     """One micro batch; n is its number of tokens, padding included."""
 
     tokens: torch.Tensor  # [1, n] int64
-    labels: torch.Tensor  # [1, n] int64: the token after each, within its row
-    loss_mask: torch.Tensor  # [1, n] float32: 1 where that next token is labelled
+    labelled: torch.Tensor  # [k] int64: positions whose next token is learned, ascending
+    labels: torch.Tensor  # [k] int64: that next token
     position_ids: torch.Tensor  # [1, n] int64: from 0 in each row
     cu_seqlens: torch.Tensor  # [sequences + 1] int32: where each sequence begins, and the end
     max_seqlen: int
@@ -41,25 +41,20 @@ def collate(rows: Sequence[Row], multiple: int, device: torch.device | str) -> B
     cu_seqlens = np.cumsum([0, *lengths_padded])
     tokens = np.zeros(len(ids) + padding, dtype=np.int64)
     tokens[: len(ids)] = ids
-    labelled = np.zeros(len(tokens), dtype=np.float32)
-    labelled[: len(ids)] = np.concatenate([row.labelled for row in rows])
-
-    labels = np.roll(tokens, -1)
-    loss_mask = np.roll(labelled, -1)
-    ends = cu_seqlens[1:] - 1  # the last token of a sequence has none after it
-    labels[ends] = 0
-    loss_mask[ends] = 0.0
+    learned = np.concatenate([row.labelled for row in rows])
+    learned[np.cumsum([0, *lengths[:-1]])] = False  # the first token of a sequence comes after none of its own
+    labelled = np.flatnonzero(learned) - 1
     position_ids = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], lengths_padded)
 
-    def row_vector(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values)[None].to(device)
+    def put(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
 
     return Batch(
-        tokens=row_vector(tokens),
-        labels=row_vector(labels),
-        loss_mask=row_vector(loss_mask),
-        position_ids=row_vector(position_ids),
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(device),
+        tokens=put(tokens)[None],
+        labelled=put(labelled),
+        labels=put(tokens[labelled + 1]),
+        position_ids=put(position_ids)[None],
+        cu_seqlens=put(cu_seqlens.astype(np.int32)),
         max_seqlen=max(lengths_padded),
         num_tokens=len(ids),
     )

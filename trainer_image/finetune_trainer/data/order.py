@@ -1,11 +1,12 @@
 """Which rows are used, and when: sampling, mixing, the order of an epoch, the micro batches of a step.
 
-All of it is a function of lengths and seeds, the same in every process and on every layout. Random numbers are numpy's PCG64, seeded by ``SeedSequence([seed, purpose, number])``, one generator for
+All of it is a function of lengths and seeds, the same in every process; which rows a step has is the same on every layout. Random numbers are numpy's PCG64, seeded by ``SeedSequence([seed, purpose, number])``, one generator for
 each purpose, so that changing one draw moves no other; interleaving alone uses ``PCG64(data_seed)`` as ``datasets.interleave_datasets`` does, and gives its result.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -85,16 +86,34 @@ def order(num_rows: int, seed: int, shuffle: bool) -> Order:
     return Order(num_rows, seed, shuffle)
 
 
-def micro_batches(order: Order, step: int, global_batch_size: int, micro_batch_size: int, dp: DataParallel) -> list[list[int]]:
-    """The rows that this data-parallel process reads in optimizer step ``step`` (from 0): one list for each micro batch.
+def micro_batches(order: Order, step: int, global_batch_size: int, micro_batch_size: int, dp: DataParallel, lengths: Sequence[int]) -> list[list[int]]:
+    """The rows that this data-parallel process reads in optimizer step ``step`` (from 0): one list for each micro batch. ``lengths``: tokens of every row.
 
-    The step's rows are positions ``step * global_batch_size`` onwards whatever the layout is; micro batch m of process r is the m-th run of ``dp.size`` micro batches' r-th.
+    The step's rows are positions ``step * global_batch_size`` onwards whatever the layout is; they are dealt so that micro batches, and then processes, have about as
+    many tokens each: a step lasts as long as its slowest process, and takes the memory of its largest micro batch.
     """
     num_micro_batches, rest = divmod(global_batch_size, micro_batch_size * dp.size)
     if rest:
         raise ValueError(
             f"globalBatchSize is {global_batch_size}; it must be a multiple of microBatchSize ({micro_batch_size}) x data-parallel size ({dp.size})"
         )
-    first = step * global_batch_size + dp.rank * micro_batch_size
-    starts = [first + number * micro_batch_size * dp.size for number in range(num_micro_batches)]
-    return [[order[position] for position in range(start, start + micro_batch_size)] for start in starts]
+    rows = [order[position] for position in range(step * global_batch_size, (step + 1) * global_batch_size)]
+    batches = deal([lengths[row] for row in rows], num_micro_batches * dp.size)
+    shares = deal([sum(lengths[rows[place]] for place in batch) for batch in batches], dp.size)
+    return [[rows[place] for place in batches[number]] for number in shares[dp.rank]]
+
+
+def deal(sizes: Sequence[int], groups: int) -> list[list[int]]:
+    """Indices of ``sizes``, ascending, in groups of as many each whose sums are close: the largest first, each into the smallest group that has room.
+
+    The longest-processing-time rule (Graham, "Bounds on multiprocessing timing anomalies", 1969).
+    """
+    room = len(sizes) // groups
+    dealt: list[list[int]] = [[] for _ in range(groups)]
+    sums = [(0, group) for group in range(groups)]
+    for index in sorted(range(len(sizes)), key=lambda each: (-sizes[each], each)):
+        total, group = heapq.heappop(sums)
+        dealt[group].append(index)
+        if len(dealt[group]) < room:
+            heapq.heappush(sums, (total + sizes[index], group))
+    return [sorted(group) for group in dealt]
