@@ -10,7 +10,7 @@ ifeq ($(shell id -u),0)
 SLOW += tests/e2e
 endif
 
-.PHONY: help setup demo test test-gpu check lint layers types verify quick generate bench bench-operator pins cluster cluster-down
+.PHONY: help setup demo test test-gpu check lint layers types verify quick generate bench bench-gpu bench-operator pins cluster cluster-down
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ types: setup
 
 test-gpu: ## tests/gpu with the interpreter given (make test-gpu PYTHON=python3); installs nothing. ARGS: more for pytest
 	PYTHONPATH=trainer_image:operator$${PYTHONPATH:+:$$PYTHONPATH} $(TESTS) tests/gpu $(ARGS)
+
+bench-gpu: ## our engine beside ms-swift on two GPUs (make bench-gpu WORK=lora-long-best,start PYTHON=python3); installs nothing. ARGS: more
+	PYTHONPATH=trainer_image:operator$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) tests/bench/gpu.py "$(WORK)" $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .

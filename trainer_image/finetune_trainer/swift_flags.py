@@ -52,6 +52,7 @@ NO_EFFECT: dict[str, str] = {
         "apply_rope_fusion no_rope_fusion gradient_accumulation_fusion no_gradient_accumulation_fusion",
         "the engine chooses fused kernels by itself",
     ),
+    **_each("cross_entropy_fusion_impl", "output layer and loss are always one, on labelled tokens only"),
     **_each(
         "tp_comm_overlap overlap_p2p_comm batch_p2p_comm align_param_gather align_grad_reduce nccl_comm_warmup overlap_param_gather_with_optimizer_step",
         "Megatron-core's default is used",
@@ -153,7 +154,6 @@ FIXED: dict[str, Fixed] = {
     **_unbuilt("disable_auto_column_mapping", "false", "other columns than messages"),
     **_unbuilt("decision_drop_instructions decision_subsample_options decision_state_as_text", "0", "decision tasks"),
     **_unbuilt("decision_shuffle_fields", "false", "decision tasks"),
-    **_unbuilt("cross_entropy_fusion_impl", "native", "transformer-engine's fused cross entropy"),
     **_unbuilt("enable_dft_loss enable_channel_loss is_binary_loss_scale", "false", "this loss"),
     **_unbuilt("preserve_thinking disable_ignore_empty_think", "false", "this treatment of thinking"),
     **_unbuilt("add_non_thinking_prefix", "true", "another treatment of thinking"),
