@@ -185,13 +185,7 @@ def _container(plan: Plan, node: NodePlan, settings: Settings) -> Json:
 
 def _environment(node: NodePlan) -> list[Variable]:
     """Folders that programs write to by habit, on a volume because the image is read-only, and a name for a user that the image may not know; what the plan says wins."""
-    folders = {
-        "HOME": "",
-        "XDG_CACHE_HOME": "/.cache",
-        "TRITON_CACHE_DIR": "/triton",
-        "TORCHINDUCTOR_CACHE_DIR": "/torchinductor",
-        "MPLCONFIGDIR": "/matplotlib",
-    }
+    folders = {"HOME": "", "XDG_CACHE_HOME": "/.cache", "MPLCONFIGDIR": "/matplotlib"}
     own = [Variable("USER", names.TRAINER_CONTAINER), *(Variable(name, f"{SCRATCH}{folder}") for name, folder in folders.items())]
     return list({variable.name: variable for variable in (*own, *node.environment)}.values())
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+import subprocess
 import sys
 
 import torch
@@ -87,3 +89,25 @@ def test_random_states_differ_between_tensor_parallel_ranks_only_where_they_fork
     assert logged == []
     assert gang2.run(draw, 5)[0][1] == forked, "a function of the seed"
     assert gang2.run(draw, 6)[0][1] != forked
+
+
+# In a process of its own. Every function that torch.compile has made knows the one that it was made of.
+COMPILED_FUNCTIONS = """
+import json, sys, types
+from finetune_trainer import train
+
+def is_compiled(value):
+    return isinstance(getattr(value, "_torchdynamo_orig_callable", None), types.FunctionType)
+
+import torch
+assert is_compiled(torch.compile(lambda number: number))
+modules = [module for name, module in list(sys.modules.items()) if name.startswith("megatron.core")]
+print(json.dumps([len(modules), [name for module in modules for name, value in vars(module).items() if is_compiled(value)]]))
+"""
+
+
+def test_no_function_of_megatron_is_compiled() -> None:
+    output = subprocess.run([sys.executable, "-c", COMPILED_FUNCTIONS], capture_output=True, text=True, check=True).stdout
+    modules, compiled = json.loads(output)
+    assert modules > 100
+    assert compiled == []

@@ -67,7 +67,7 @@ def test_environment_of_a_pod_is_pytorchs_and_torchruns(team: Team) -> None:
     for rank, pod in enumerate(team.until_attempt(1)):
         gang = {"NNODES": "2", "NODE_RANK": str(rank), "NPROC_PER_NODE": "3", "MASTER_ADDR": "job-0.job", "MASTER_PORT": "29500"}
         torchrun = {f"PET_{name}": value for name, value in gang.items()}
-        folders = {"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp/.cache", "TRITON_CACHE_DIR": "/tmp/triton", "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor"}
+        folders = {"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp/.cache"}
         others = {"USER": "trainer", "MPLCONFIGDIR": "/tmp/matplotlib", "PYTHONUNBUFFERED": "1", "HF_HOME": "/cache/huggingface"}
         assert environment(pod) == {**gang, **torchrun, **folders, **others, "RANK": str(rank), "WORLD_SIZE": "6"}
 

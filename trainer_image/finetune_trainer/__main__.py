@@ -6,6 +6,7 @@ Everything heavy is imported inside functions: /progress is answered before torc
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str]) -> int:
         identity = config.identity()
         report = Report(config, rank)
         report.serve()
+        gc.disable()  # until training begins: what is imported and built until then stays
         run(config, identity, report, stop)
     except Exception as error:  # noqa: BLE001 the one place where every failure gets its reason and exit code
         stop.ignore()
@@ -176,7 +178,7 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
         beginning = checkpoints.resume(total_steps)
         needed = checkpoint_files.needed_bytes(config, *training_state.count_bytes(trainer.state), model_bytes(hf, config), total_steps - beginning.step)
         artifacts = prepare_output(config, total_steps, needed)
-        with stop.waits():
+        with stop.waits(), collects_garbage():
             train.fit(trainer, rows, config, ranks, report, checkpoints, beginning, lambda: stop.requested)
 
         checkpoints.refuse_newer_attempt()
@@ -189,6 +191,14 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
         peaks = from_every(peak_memory_gib())
         parallel.shut_down()
         conclude(report, identity, artifacts, verification, peaks)
+
+
+@contextmanager
+def collects_garbage() -> Iterator[None]:
+    """From now on; what is there already is not looked at again."""
+    gc.freeze()
+    gc.enable()
+    yield
 
 
 @contextmanager

@@ -70,9 +70,10 @@ def export_huggingface(chunks: Chunks, family: Family, hf: HFModel, ranks: Ranks
     index = hf_export.index_json(plans, specs)
     if index is not None:
         texts["model.safetensors.index.json"] = index
-    _write_folder(
-        FolderWriter(folder, specs, plans), _weight_pieces(chunks, layout, hf, _own_rows(layout, ranks)), layout, ranks, texts, hf_export.side_files(hf)
-    )
+    own = _own_rows(layout, ranks)
+    weights = {layout.rows[name].hf[0]: (name, parameter) for name, parameter in named_weights(chunks) if own(name)}
+    in_turn = [weights[name] for name in hf_export.files_in_turn(plans, weights)]
+    _write_folder(FolderWriter(folder, specs, plans), _weight_pieces(chunks, in_turn, layout, hf), layout, ranks, texts, hf_export.side_files(hf))
 
 
 def export_adapter(chunks: Chunks, family: Family, hf: HFModel, ranks: Ranks, folder: Path, tuning: TuningConfig, base: str) -> None:
@@ -94,7 +95,7 @@ def differing_weights(chunks: Chunks, family: Family, hf: HFModel, folder: Path,
     """Read an exported Hugging Face folder back: sorted names of this rank's parameters that are not bitwise there, and of tensors that nobody asked for."""
     layout = _layout(family, hf, ranks)
     written = HFModel(folder, hf_files.read_json(folder / "config.json"), hf_files.read_entries(folder))
-    return _differing(_weight_pieces(chunks, layout, hf, _every_row), written, _written_names(layout, hf))
+    return _differing(_weight_pieces(chunks, named_weights(chunks), layout, hf), written, _written_names(layout, hf))
 
 
 def differing_adapters(chunks: Chunks, family: Family, hf: HFModel, folder: Path, ranks: Ranks) -> list[str]:
@@ -180,12 +181,10 @@ def _written_names(layout: Layout, hf: HFModel) -> list[str]:
     return [*layout.names(), *(twin for twin in layout.twins.values() if twin in hf.entries)]
 
 
-def _weight_pieces(chunks: Chunks, layout: Layout, hf: HFModel, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Piece]]:
-    """The pieces of the model with its adapters merged; a tied output layer that the source has written out is there again."""
+def _weight_pieces(chunks: Chunks, weights: Iterable[tuple[str, Tensor]], layout: Layout, hf: HFModel) -> Iterator[tuple[str, Piece]]:
+    """The pieces of these weights of the model with their adapters merged; a tied output layer that the source has written out is there again."""
     adapted = {f"{name}.weight": layer for name, layer in lora.adapters(chunks)}
-    for name, parameter in named_weights(chunks):
-        if not wanted(name):
-            continue
+    for name, parameter in weights:
         tensor = lora.merged_weight(adapted[name]) if name in adapted else parameter
         for piece in layout.weight(name, tensor.detach()):
             yield name, piece
@@ -245,7 +244,7 @@ def _write_folder(writer: FolderWriter, pieces: Pieces, layout: Layout, ranks: R
             _write(writer, piece, numbers[name], ranks)
         agreement.together(writer.close)
         entries: dict[str, Any] = {}
-        for part in agreement.from_every(agreement.together(lambda: writer.describe(ranks.rank, ranks.world_size))):
+        for part in agreement.from_every(agreement.together(lambda: writer.seal(ranks.rank, ranks.world_size))):
             entries |= part
         agreement.together(lambda: writer.publish(entries) if first else None)
     except EngineError:

@@ -1,19 +1,26 @@
 """Hugging Face folders, written by many processes at once.
 
 The layout of every file follows from the list of tensors, so all processes know it without talking. One process makes the
-files at their full size under a partial name (``create``), each writes its own byte ranges (``write``, ``close``), and one
-writes the manifest and renames the folder (``publish``). What a crash leaves behind bears a partial name and no manifest.
+files at their full size under a partial name (``create``), each writes its own byte ranges (``write``, ``close``), all bring
+them to the disk and hash files (``seal``), and one writes the manifest and renames the folder (``publish``). What a crash
+leaves behind bears a partial name and no manifest.
+
+Writing and hashing are done by a few threads of each process: both leave Python's lock alone. A kernel lets one thread at a
+time write to a file, so tensors that follow one another should go to different files.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +51,13 @@ SIDE_FILES = (
     "additional_chat_templates/*.jinja",
 )
 """What goes with the weights into an exported model, where the source has it."""
+
+NUM_THREADS = 4
+"""Threads with which one process writes, and then hashes. The files of a large model are about as many."""
+MAX_WAITING_BYTES = 2**29
+"""Of tensors that were handed over and are not written yet: ``write`` waits for more room, so that copies of them do not fill the memory."""
+STAGED_BYTES = 2**24
+"""Page-locked memory of one thread, through which it copies from a GPU: some times faster than from memory that can be paged out."""
 
 RETRIED_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN)
 """Failures of a disk that may pass; all others are the user's to mend."""
@@ -108,6 +122,15 @@ def _plan_file(name: str, tensors: Sequence[TensorSpec]) -> FilePlan:
     return FilePlan(name, len(text).to_bytes(8, "little") + text, start + begin, offsets)
 
 
+def files_in_turn(plans: Sequence[FilePlan], names: Iterable[str]) -> list[str]:
+    """Tensors in an order that goes from file to file, so that several threads find a file that nobody else is writing to."""
+    files: dict[str, list[str]] = {plan.name: [] for plan in plans}
+    place = {name: plan.name for plan in plans for name in plan.offsets}
+    for name in names:
+        files[place[name]].append(name)
+    return [name for turn in itertools.zip_longest(*files.values()) for name in turn if name is not None]
+
+
 def index_json(plans: Sequence[FilePlan], tensors: Sequence[TensorSpec]) -> str | None:
     """The text of model.safetensors.index.json; None where one file holds everything."""
     if len(plans) == 1:
@@ -129,17 +152,47 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(f"{PARTIAL}{folder.name}")
 
 
+class WaitingBytes:
+    """A count of the bytes that wait to be written. ``add`` returns once fewer than ``limit`` wait: there are never more than that and one tensor."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.count = 0
+        self.most = 0
+        """The highest count so far."""
+        self._changed = threading.Condition()
+
+    def add(self, count: int) -> None:
+        """Wait for room, then count ``count`` bytes more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.count < self.limit)
+            self.count += count
+            self.most = max(self.most, self.count)
+
+    def remove(self, count: int) -> None:
+        """Count ``count`` bytes less."""
+        with self._changed:
+            self.count -= count
+            self._changed.notify_all()
+
+
 class FolderWriter:
     """One process's view of a folder that is being written; ``create`` and ``publish`` are for one process alone."""
 
-    def __init__(self, folder: Path, tensors: Sequence[TensorSpec], plans: Sequence[FilePlan]) -> None:
+    def __init__(self, folder: Path, tensors: Sequence[TensorSpec], plans: Sequence[FilePlan], max_waiting_bytes: int = MAX_WAITING_BYTES) -> None:
         self.folder = folder
         self.partial = partial_folder(folder)
         self.plans = tuple(plans)
+        self.waiting = WaitingBytes(max_waiting_bytes)
         self._specs = {tensor.name: tensor for tensor in tensors}
         self._files = {name: plan for plan in plans for name in plan.offsets}
         self._descriptors: dict[str, int] = {}
-        self._failure: EngineError | None = None
+        self._written: list[Path] = []
+        self._failure: Exception | None = None
+        self._lock = threading.Lock()
+        """Guards the descriptors and the failure."""
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="export")
+        self._staging = threading.local()
 
     def create(self, texts: Mapping[str, str], copied: Mapping[str, Path]) -> None:
         """Make the partial folder: weight files at full size, ``texts`` by name, copies of files by name.
@@ -150,13 +203,14 @@ class FolderWriter:
         try:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-            for plan in self.plans:
-                self._preallocate(plan)
+            with ThreadPoolExecutor(NUM_THREADS) as threads:
+                list(threads.map(self._preallocate, self.plans))
             for name, text in texts.items():
                 (self.partial / name).write_text(text, encoding="utf-8")
             for name, source in copied.items():
                 (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, self.partial / name)
+            self._written += [self.partial / name for name in (*texts, *copied)]
         except OSError as error:
             raise disk_error(self.folder, error, sum(plan.size for plan in self.plans)) from error
 
@@ -166,49 +220,89 @@ class FolderWriter:
             file.write(plan.header)
 
     def write(self, name: str, row: int, rows: Tensor) -> None:
-        """Write ``rows`` of tensor ``name``, beginning at its row ``row``.
+        """Have ``rows`` of tensor ``name`` written, beginning at its row ``row``; they must not change before ``close``.
 
         A failure is kept until ``close``, so that a process whose disk fails still takes part in the others' collectives.
         """
         if self._failure is not None or rows.numel() == 0:
             return
         spec, plan = self._specs[name], self._files[name]
-        data = _bytes(rows.detach().to(device="cpu", dtype=spec.dtype))
-        offset = plan.offsets[name] + row * spec.row_bytes
-        try:
-            descriptor = self._descriptor(plan.name)
-            while data:
-                written = os.pwrite(descriptor, data, offset)
-                data, offset = data[written:], offset + written
-        except OSError as error:
-            self._failure = disk_error(self.partial / plan.name, error)
+        rows = rows.detach().to(dtype=spec.dtype).contiguous()
+        self.waiting.add(rows.nbytes)
+        # The stream that makes the rows: a copy that another thread puts on it comes after.
+        stream = torch.cuda.current_stream(rows.device) if rows.device.type == "cuda" else None
+        self._threads.submit(self._write_rows, self.partial / plan.name, plan.offsets[name] + row * spec.row_bytes, rows, stream)
 
-    def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(self.partial / file, os.O_WRONLY)
-        return self._descriptors[file]
+    def _write_rows(self, path: Path, offset: int, rows: Tensor, stream: torch.cuda.Stream | None) -> None:
+        """In a thread; whatever goes wrong must not be lost, nor keep ``write`` waiting."""
+        try:
+            for data in self._host_bytes(rows, stream):
+                if self._failure is not None:
+                    return
+                _write_at(self._descriptor(path), data, offset)
+                offset += len(data)
+        except OSError as error:
+            self._keep(disk_error(path, error))
+        except Exception as error:  # noqa: BLE001 raised by ``close``
+            self._keep(error)
+        finally:
+            self.waiting.remove(rows.nbytes)
+
+    def _keep(self, failure: Exception) -> None:
+        with self._lock:
+            self._failure = self._failure or failure
+
+    def _host_bytes(self, rows: Tensor, stream: torch.cuda.Stream | None) -> Iterator[memoryview]:
+        """The bytes of contiguous ``rows``, in order; what was given before is overwritten by the next where they are on a GPU."""
+        data = rows.reshape(-1).view(torch.uint8)
+        if stream is None:
+            yield _view(data)
+            return
+        torch.cuda.set_device(rows.device)  # each thread has its own; with another one the process would also make itself at home on that
+        if not hasattr(self._staging, "place"):
+            self._staging.place = torch.empty(STAGED_BYTES, dtype=torch.uint8, pin_memory=True)
+        for part in data.split(STAGED_BYTES):
+            place = self._staging.place[: part.numel()]
+            with torch.cuda.stream(stream):
+                place.copy_(part, non_blocking=True)
+            stream.synchronize()
+            yield _view(place)
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path.name not in self._descriptors:
+                self._descriptors[path.name] = os.open(path, os.O_WRONLY)
+            return self._descriptors[path.name]
 
     def close(self) -> None:
-        """Bring what this process wrote to the disk; raises the first failure of its writes."""
+        """Wait until everything is written, and let go of the files, so that every node sees it; raises the first failure of the writes."""
+        self._threads.shutdown()
         descriptors, self._descriptors = self._descriptors, {}
-        for file, descriptor in descriptors.items():
+        for name, descriptor in descriptors.items():
+            self._written.append(self.partial / name)
             try:
-                if self._failure is None:
-                    os.fsync(descriptor)
-            except OSError as error:
-                self._failure = disk_error(self.partial / file, error)
-            finally:
                 os.close(descriptor)
+            except OSError as error:  # a network's disk sends the last bytes now
+                self._keep(disk_error(self.partial / name, error))
         if self._failure is not None:
             raise self._failure
 
-    def describe(self, part: int, parts: int) -> dict[str, Any]:
-        """Manifest entries of every ``parts``-th file, from the ``part``-th on; together all parts cover the folder."""
+    def seal(self, part: int, parts: int) -> dict[str, Any]:
+        """Bring what this process wrote to the disk and, meanwhile, hash a share of the files; every process must have closed.
+
+        Returns the manifest entries of every ``parts``-th file, from the ``part``-th on; together all parts cover the folder.
+        """
         try:
-            paths = sorted(path for path in self.partial.rglob("*") if path.is_file())
-            return {path.relative_to(self.partial).as_posix(): describe_file(path) for path in paths[part::parts]}
+            sizes = {self.partial / plan.name: plan.size for plan in self.plans}
+            paths = (path for path in self.partial.rglob("*") if path.is_file())
+            mine = sorted(paths, key=lambda path: (-sizes.get(path, 0), path))[part::parts]  # the largest are dealt out first
+            with ThreadPoolExecutor(NUM_THREADS + 1) as threads:
+                synced = threads.submit(_sync_files, self._written)
+                entries = {path.relative_to(self.partial).as_posix(): entry for path, entry in zip(mine, threads.map(describe_file, mine), strict=True)}
+                synced.result()
         except OSError as error:
             raise disk_error(self.partial, error) from error
+        return entries
 
     def publish(self, entries: Mapping[str, Any]) -> None:
         """Write the manifest and give the folder its name; an earlier export of that name is replaced."""
@@ -217,7 +311,7 @@ class FolderWriter:
                 file.write(json.dumps({"version": 1, "files": dict(sorted(entries.items()))}, indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folder(self.partial)
+            _sync(self.partial)
         except OSError as error:
             raise disk_error(self.folder, error) from error
         replace_folder(self.partial, self.folder)
@@ -235,7 +329,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise disk_error(folder, error) from error
@@ -250,13 +344,27 @@ def remove_partials(output_dir: Path) -> None:
             raise disk_error(partial, error) from error
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+def _view(data: Tensor) -> memoryview:
+    array: Any = data.numpy()
     return memoryview(array)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _sync_files(paths: Sequence[Path]) -> None:
+    for path in paths:
+        try:
+            _sync(path)
+        except OSError as error:
+            raise disk_error(path, error) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

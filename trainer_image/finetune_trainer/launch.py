@@ -46,6 +46,12 @@ EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 PROMPT = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 """A collective that times out ends its process at once: otherwise torch waits another minute for a dump that nobody has asked for."""
 
+UNCOMPILED = {"NVTE_TORCH_COMPILE": "0"}
+"""transformer-engine runs its small functions as they are written, as Megatron-core does here (megatron_cpu.py): torch's compiler costs the first steps more than it gains."""
+
+KERNEL_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
+"""Folders of compiled kernels, below ``mcore-finetune`` in the user's cache."""
+
 QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
@@ -252,7 +258,7 @@ def _free_port() -> int:
 
 def rank_environments(node: Node, environment: Mapping[str, str], folder: Path) -> list[dict[str, str]]:
     """The environment of each rank of this node; what the user has set about threads and logging stands."""
-    defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // node.num_processes)), **EXACT, **PROMPT, **QUIET}
+    defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // node.num_processes)), **EXACT, **PROMPT, **UNCOMPILED, **QUIET, **kernel_caches(environment)}
     gang = {
         "WORLD_SIZE": node.num_nodes * node.num_processes,
         "LOCAL_WORLD_SIZE": node.num_processes,
@@ -264,6 +270,20 @@ def rank_environments(node: Node, environment: Mapping[str, str], folder: Path) 
     }
     common = {**defaults, **environment, **{name: str(value) for name, value in gang.items()}}
     return [{**common, "RANK": str(node.rank * node.num_processes + local), "LOCAL_RANK": str(local)} for local in range(node.num_processes)]
+
+
+def kernel_caches(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where the ranks keep compiled kernels for the next run: beside the models of the Hugging Face cache, which jobs share. Empty where nothing can be written there.
+
+    Processes and nodes may use it at once: what writes there gives a whole file its name.
+    """
+    models = environment.get("HF_HOME")
+    own = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", ""), ".cache")
+    folder = Path(os.path.dirname(models.rstrip("/")) if models else own, "mcore-finetune")
+    there = next((path for path in (folder, *folder.parents) if os.path.exists(path)), folder)
+    if not folder.is_absolute() or not os.path.isdir(there) or not os.access(there, os.W_OK):
+        return {}
+    return {name: str(folder / part) for name, part in KERNEL_CACHES.items()}
 
 
 def available_cores() -> int:

@@ -4,6 +4,9 @@ Nothing of torch changes for anybody else: inside Megatron-core's own modules th
 torch whose factories take the device 'cuda' as the CPU and whose ``torch.cuda`` is a stand-in. Two methods of Tensor
 cannot be reached that way; they behave differently only when Megatron-core is the caller.
 
+On every device, Megatron-core's functions stay as they are written: nothing is compiled by torch. Compiling costs the first
+step tens of seconds.
+
 Line numbers are megatron-core 0.16.1's, below https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/.
 The whole module can go when Megatron-core takes its device from the tensors or groups at hand; each redirection says
 when it can go alone.
@@ -46,12 +49,12 @@ CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Make megatron.core usable on CPUs; idempotent, and does nothing where CUDA is available but for what is wrong without transformer-engine.
+    """Make megatron.core usable on CPUs, and on every device leave its functions uncompiled; idempotent.
 
     Call it before the first import of megatron.core, and again when more of its modules have been imported.
     """
+    _leave_functions_uncompiled()
     if not torch.cuda.is_available():
-        _leave_functions_uncompiled()
         _hide_transformer_engine()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one line for each of transformer-engine and Apex that is missing, per module
@@ -69,10 +72,11 @@ def install() -> None:
 
 
 def _leave_functions_uncompiled() -> None:
-    """Megatron-core decorates elementwise functions with torch.compile when it is imported; on a CPU that needs a C++ compiler
-    at run time, and importing the compiler doubles the time of ``import megatron.core``.
+    """Megatron-core decorates elementwise functions with torch.compile when it is imported: SwiGLU, bias and dropout, the native
+    cross entropy. They would be compiled in the first step, on a CPU by a C++ compiler that may not be there.
 
-    jit.py 21 (``jit_fuser = torch.compile``). Remove when jit.py can be told before it is imported.
+    jit.py 21 (``jit_fuser = torch.compile``). ``disable_jit_fuser`` comes too late: importing it imports the functions.
+    Remove when jit.py can be told before it is imported.
     """
     if "megatron.core.jit" in sys.modules:
         return

@@ -124,8 +124,6 @@ def test_environment_is_the_plans_with_folders_that_can_be_written_to() -> None:
         "USER": "trainer",
         "HOME": "/work/me",
         "XDG_CACHE_HOME": "/tmp/.cache",
-        "TRITON_CACHE_DIR": "/tmp/triton",
-        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
         "MPLCONFIGDIR": "/tmp/matplotlib",
     }
 

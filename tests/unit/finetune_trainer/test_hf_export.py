@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from finetune_trainer.hf_export import (
     check_output_folder,
     check_replaceable,
     disk_error,
+    files_in_turn,
     index_json,
     model_config,
     plan_files,
@@ -37,7 +39,7 @@ def write_all(writer: FolderWriter, tensors: dict[str, torch.Tensor]) -> None:
         writer.write(name, half, tensor[half:])
         writer.write(name, 0, tensor[:half])
     writer.close()
-    writer.publish(writer.describe(0, 1))
+    writer.publish(writer.seal(0, 1))
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
@@ -63,6 +65,12 @@ def test_files_stay_below_the_largest_size_and_a_larger_tensor_is_alone() -> Non
     assert index["metadata"] == {"total_size": 134, "total_parameters": 43}
 
 
+def test_tensors_go_from_file_to_file() -> None:
+    plans = plan_files([TensorSpec(name, (1,), torch.float32) for name in "abcdef"], "model", 12)
+    assert [list(plan.offsets) for plan in plans] == [["a", "b", "c"], ["d", "e", "f"]]
+    assert files_in_turn(plans, "abcdf") == ["a", "d", "b", "f", "c"]
+
+
 @pytest.mark.parametrize("max_shard_size", [40, 10**6])
 def test_ranges_written_in_any_order_make_safetensors_files(tmp_path: Path, max_shard_size: int) -> None:
     tensors = random_tensors()
@@ -75,12 +83,12 @@ def test_ranges_written_in_any_order_make_safetensors_files(tmp_path: Path, max_
     assert len(check_manifest(tmp_path / "out")) == 64
 
 
-def test_describing_in_parts_covers_every_file(tmp_path: Path) -> None:
+def test_sealing_in_parts_covers_every_file(tmp_path: Path) -> None:
     writer = FolderWriter(tmp_path / "out", SPECS, plan_files(SPECS, "model", 40))
     writer.create({"config.json": "{}", "index.json": "{}"}, {})
-    whole = writer.describe(0, 1)
+    whole = writer.seal(0, 1)
     assert len(whole) == 4
-    assert {**writer.describe(0, 3), **writer.describe(1, 3), **writer.describe(2, 3)} == whole
+    assert {**writer.seal(0, 3), **writer.seal(1, 3), **writer.seal(2, 3)} == whole
 
 
 def test_nothing_bears_the_final_name_before_the_end(tmp_path: Path) -> None:
@@ -149,6 +157,49 @@ def test_failed_write_is_told_at_the_end_and_keeps_nothing_from_going_on(tmp_pat
     writer.write("b", 0, torch.zeros(3))
     with pytest.raises(ConfigurationError, match=r"model\.safetensors: .*the output folder must be on a disk that every node shares"):
         writer.close()
+
+
+def test_full_disk_is_told_at_the_end_with_the_file(tmp_path: Path) -> None:
+    writer = FolderWriter(tmp_path / "out", SPECS, plan_files(SPECS, "model", 40), max_waiting_bytes=1)
+    writer.create({}, {})
+    file = tmp_path / ".partial-out" / "model-00002-of-00002.safetensors"
+    file.unlink()
+    file.symlink_to("/dev/full")
+    for name, tensor in random_tensors().items():
+        writer.write(name, 0, tensor)
+    with pytest.raises(ConfigurationError, match=r"model-00002-of-00002\.safetensors: the disk is full"):
+        writer.close()
+
+
+def test_tensors_wait_for_room_while_the_disk_stands_still_and_its_failure_lets_them_go(tmp_path: Path) -> None:
+    writer = FolderWriter(tmp_path / "out", SPECS, plan_files(SPECS, "model"), max_waiting_bytes=1)
+    writer.create({}, {})
+    file = tmp_path / ".partial-out" / "model.safetensors"
+    file.unlink()
+    os.mkfifo(file)  # to open one stands still until somebody reads, and no offset can be written to
+
+    def write() -> None:
+        for name, tensor in random_tensors().items():
+            writer.write(name, 0, tensor)
+        writer.close()
+
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(write)
+        os.close(os.open(file, os.O_RDONLY))
+        with pytest.raises(ConfigurationError, match=r"model\.safetensors: cannot be written: .*Illegal seek"):
+            writing.result()
+    assert writer.waiting.most == SPECS[0].nbytes
+    assert writer.waiting.count == 0
+
+
+def test_what_waits_is_at_most_the_limit_and_one_tensor(tmp_path: Path) -> None:
+    specs = [TensorSpec(f"t{number}", (1000, 100), torch.float32) for number in range(20)]
+    tensors = {spec.name: torch.randn(spec.shape) for spec in specs}
+    writer = FolderWriter(tmp_path / "out", specs, plan_files(specs, "model", 3_000_000), max_waiting_bytes=500_000)
+    write_all(writer, tensors)
+    assert 0 < writer.waiting.most < 500_000 + 200_000  # write_all hands over halves
+    loaded = {name: tensor for path in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_file_in_the_way_of_the_folder_is_named(tmp_path: Path) -> None:

@@ -131,6 +131,26 @@ def test_threads_are_the_cores_shared_out_and_libraries_keep_still(tmp_path: Pat
     assert environments[0]["TQDM_DISABLE"] == "0"
 
 
+def test_compiled_kernels_are_kept_beside_the_models_that_jobs_share(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (environment,) = launch.rank_environments(Node(1, 1, 0, "127.0.0.1", 1), {"HF_HOME": f"{tmp_path}/cache/huggingface", "HOME": "/nowhere"}, tmp_path)
+    assert environment["TRITON_CACHE_DIR"] == f"{tmp_path}/cache/mcore-finetune/triton"
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/cache/mcore-finetune/torchinductor"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_folder_for_kernels_that_the_user_names_is_taken(tmp_path: Path) -> None:
+    given = {"TRITON_CACHE_DIR": "/fast/triton", "NVTE_TORCH_COMPILE": "1", "HOME": str(tmp_path)}
+    (environment,) = launch.rank_environments(Node(1, 1, 0, "127.0.0.1", 1), given, tmp_path)
+    assert (environment["TRITON_CACHE_DIR"], environment["NVTE_TORCH_COMPILE"]) == ("/fast/triton", "1")
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/.cache/mcore-finetune/torchinductor"
+
+
+@pytest.mark.parametrize("given", [{}, {"HOME": "~"}, {"HF_HOME": "models"}, {"HF_HOME": "/dev/null/huggingface"}, {"XDG_CACHE_HOME": "/dev/null"}])
+def test_kernels_are_left_to_the_libraries_where_no_folder_can_be_written(given: dict[str, str]) -> None:
+    assert launch.kernel_caches(given) == {}
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
