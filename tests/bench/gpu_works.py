@@ -21,10 +21,10 @@ SHARED = [
     "--system",
     "You are a helpful assistant.",
 ]
-"""Of both sides. The peer's own runs had ``--save_safetensors false``, which no step sees."""
+"""Of both sides. With ``--save_safetensors true`` the peer writes what ours writes, and would merge the adapter as well."""
 OWN: Mapping[Side, list[str]] = {
     "ours": ["--verification", "Files", "--add_version", "false"],
-    "peer": ["--template", "qwen2_5"],
+    "peer": ["--template", "qwen2_5", "--merge_lora", "false"],
 }
 LORA = shlex.split("--tuner_type lora --lora_rank 8 --lora_alpha 32 --target_modules all-linear --lr 1e-4 --min_lr 1e-5 --lora_dropout")
 FULL = shlex.split("--tuner_type full --lr 1e-5 --min_lr 1e-6")
@@ -97,6 +97,7 @@ def _lora(name: str, data: str, *, best: bool, dropout: str = "0.05") -> Job:
         ours=(CHOSEN if best else REFERENCE,),
         peer=PEER_LAYOUTS if best else (REFERENCE,),
         saves=not best and data == "long2048",
+        deadline_seconds=300.0 if not best and data == "long2048" else 200.0,
     )
 
 
@@ -162,7 +163,7 @@ def model_flops(tokens: float, *, full: bool) -> float:
     """Floating-point operations that one step of ``tokens`` tokens needs, forward and backward; nothing recomputed is counted.
 
     A matrix of P numbers takes 2·P a token forward and 2·P for the gradient of its input; the gradient of a weight, 2·P more, is needed where the weight is trained, so 4·P with
-    LoRA and 6·P in full. The output layer is counted for every token. Causal attention takes 6 · queries · length² a row and layer, rows taken as equally long.
+    LoRA and 6·P in full. The output layer is counted for every token, although ours leaves unlabelled ones out. Causal attention takes 6 · queries · length² a row and layer, rows taken as equally long.
     """
     layer = HIDDEN * (2 * QUERY + 2 * KEY_VALUE) + 3 * HIDDEN * FFN
     matrices = LAYERS * layer + HIDDEN * VOCAB

@@ -26,7 +26,7 @@ from gang import CPU_ONLY, Gang
 
 HERE = Path(__file__).parent
 NEEDED_GPUS = {"one_gpu": 1, "gpu2": 2, "gpu4": 4}
-EXACT = {"NVIDIA_TF32_OVERRIDE": "0", "OMP_NUM_THREADS": "4"}
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0", "OMP_NUM_THREADS": "4", "NVTE_TORCH_COMPILE": "0"}
 """What the launcher gives to ranks: products of float32 in float32."""
 ATTENTION = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 512}
 """Heads of a size that every attention kernel takes."""

@@ -14,7 +14,7 @@ import torch
 
 import small_runs
 from factories import make_rows, make_tiny_model
-from finetune_trainer.memory import OVERHEAD_GIB, Machine, estimate_memory, read_facts
+from finetune_trainer.memory import Machine, estimate_memory, read_facts
 from frozen import count_kept, count_saved
 from gang import Gang
 from gpu_runs import forget_attention_backend
@@ -149,7 +149,7 @@ def test_a_run_takes_the_memory_of_its_formula(tuner: str, recompute: str, large
     row_tokens = mean_tokens(job)
     facts = read_facts(json.loads((large / "config.json").read_text()))
     config = with_lora(job)
-    estimate = estimate_memory(config, facts, Machine("cuda", 1, 80.0), row_tokens) - OVERHEAD_GIB["cuda"]
+    estimate = estimate_memory(config, facts, Machine("cuda", 1, 80.0), row_tokens)
     note(
         weights_gib=used.weights / GIB,
         state_gib=state / GIB,

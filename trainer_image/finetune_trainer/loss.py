@@ -97,7 +97,8 @@ class _LabelledLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, given: Labelled, shard: Shard, scale: Tensor | None) -> Tensor:
         chosen = hidden.index_select(0, given.positions)
         ctx.trained, ctx.shape = weight.requires_grad, hidden.shape
-        size = max(1, PIECE_BYTES // (weight.shape[0] * weight.itemsize))
+        fitting = max(1, PIECE_BYTES // (weight.shape[0] * weight.itemsize))
+        size = fitting // 128 * 128 or fitting  # whole tiles, and addresses that the kernels need not be compiled for again
         pieces = [slice(0, len(chosen))] if ctx.trained else [slice(start, start + size) for start in range(0, len(chosen), size)]
         losses = torch.empty(len(chosen), dtype=torch.float32, device=hidden.device)
         for piece in pieces:

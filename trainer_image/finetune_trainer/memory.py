@@ -36,7 +36,7 @@ from typing import Any, Literal, cast, get_args
 
 from finetune_trainer.contract import ModelError, RunConfig, TorchDtype
 
-OVERHEAD_GIB: Mapping[str, float] = {"cuda": 0.1, "cpu": 1.25}
+OVERHEAD_GIB: Mapping[str, float] = {"cuda": 0.25, "cpu": 1.25}
 PIECE_BYTES = 2**29
 """Logits that are in memory at a time while the output layer is frozen."""
 GIB = 2.0**30

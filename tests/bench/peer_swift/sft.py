@@ -40,8 +40,8 @@ def mark_phases(marks: Marks) -> None:
 
     tuner = sys.argv[sys.argv.index("--tuner_type") + 1]
     marks.around(GPTBridge, "load_weights", "load")
-    marks.around(GPTBridge, "save_weights", "export" if tuner == "full" else "adapter")
-    marks.around(MegatronTrainer, "save_checkpoint", "checkpoint")
+    # The whole of it: configuration and tokenizer are written by functions around save_weights that are put in later.
+    marks.around(MegatronTrainer, "save_checkpoint", "export" if tuner == "full" else "adapter")
 
 
 def mark_steps(marks: Marks, num_steps: int, *, saves: bool) -> None:
