@@ -8,10 +8,13 @@ import pytest
 
 from finetune_operator import names
 from finetune_trainer.contract import RunConfig
+from kube_processes import until
 from operator_jobs import Team
-from operator_process import IMAGE, Operator
+from operator_process import IMAGE, START_SECONDS, Operator
 
 Json = dict[str, Any]
+READS_OF_A_START, READS_OF_A_COMPARISON = 4, 2
+"""Of what is served and of what there is; again, where a watch has listed something."""
 TEMPLATE = {"volumeClaimTemplate": {"spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}}}
 CHILD_LABELS = {"app.kubernetes.io/name": "finetune-trainer", "app.kubernetes.io/managed-by": "finetune-operator", "finetune.mcore.dev/job-name": "job"}
 
@@ -59,6 +62,12 @@ def test_pods_of_a_gang_are_named_labelled_owned_and_addressed(team: Team) -> No
         assert pod["metadata"]["ownerReferences"] == owner(job)
         assert "finalizers" not in pod["metadata"]
         assert (pod["spec"]["hostname"], pod["spec"]["subdomain"], pod["spec"]["restartPolicy"]) == (f"job-{rank}", "job", "Never")
+
+
+def has_compared(operator: Operator) -> bool:
+    """Whether the reads of its start are over."""
+    listed = operator.metric("finetune_watch_events_total", kind="LISTED") > 0
+    return operator.metric("rest_client_requests_total", method="GET") >= READS_OF_A_START + READS_OF_A_COMPARISON * listed
 
 
 @pytest.mark.usefixtures("operator")
@@ -197,6 +206,7 @@ def test_status_of_a_job_whose_pods_were_made_says_what_it_waits_for(team: Team)
 
 
 def test_a_job_costs_four_writes_until_its_pods_run_and_keeps_no_state_of_the_operator(team: Team, operator: Operator) -> None:
+    until(lambda: has_compared(operator), START_SECONDS, "the operator has compared with the cluster")
     before = operator.writes()
     reads = operator.metric("rest_client_requests_total", method="GET")
     made = team.create()
