@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram, Info
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
-
-from finetune_operator.status import Status
+from pydantic.alias_generators import to_camel
 
 REQUESTS = Counter("rest_client_requests", "Requests to the API server, watches left out.", ["method", "code"])
 REQUEST_SECONDS = Histogram("rest_client_request_duration_seconds", "Time of a request, waiting for its turn left out.", ["verb"])
@@ -33,7 +33,9 @@ class JobSample:
 
     namespace: str
     name: str
-    status: Status
+    phase: str
+    progress: Mapping[str, Any] | None
+    """`status.progress` of a job that has not ended."""
 
 
 class JobCollector(Collector):
@@ -51,12 +53,12 @@ class JobCollector(Collector):
         yield GaugeMetricFamily("workqueue_depth", "Jobs that wait for a decision or are being decided about.", value=self.depth())
         yield GaugeMetricFamily("workqueue_unfinished_work_seconds", "How long the oldest of them has waited.", value=self.oldest_seconds())
         yield _by_phase(jobs)
-        yield from _progress([job for job in jobs if job.status.progress is not None and job.status.completion_time is None])
+        yield from _progress(jobs)
 
 
 def _by_phase(jobs: list[JobSample]) -> Metric:
     family = GaugeMetricFamily("finetune_jobs", "Jobs by phase.", labels=["namespace", "phase"])
-    for (namespace, phase), count in sorted(Tally((job.namespace, str(job.status.phase or "Pending")) for job in jobs).items()):
+    for (namespace, phase), count in sorted(Tally((job.namespace, job.phase) for job in jobs).items()):
         family.add_metric([namespace, phase], count)
     return family
 
@@ -74,7 +76,7 @@ def _progress(jobs: list[JobSample]) -> Iterator[Metric]:
     for field, text in _PROGRESS.items():
         family = GaugeMetricFamily(f"finetune_job_{field}", text, labels=["namespace", "name"])
         for job in jobs:
-            value = getattr(job.status.progress, field)
+            value = (job.progress or {}).get(to_camel(field))
             if value is not None:
                 family.add_metric([job.namespace, job.name], value)
         yield family

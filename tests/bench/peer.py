@@ -80,13 +80,14 @@ def train(model: Any, rows: Sequence[data.Row], config: RunConfig, place: Place,
         batches = data.micro_batches(order, step, training.global_batch_size, rows_per_pass, place, [len(row) for row in rows])
         every = [rows[order[step * training.global_batch_size + index]] for index in range(training.global_batch_size)]
         num_labelled = sum(int(row.labelled[1:].sum()) for row in every)
-        loss = sum(backward(model, [rows[index] for index in batch], num_labelled) for batch in batches)
+        loss = torch.tensor(sum(backward(model, [rows[index] for index in batch], num_labelled) for batch in batches))
         if place.size > 1:
             sum_gradients(parameters)
+            distributed.all_reduce(loss)
         torch.nn.utils.clip_grad_norm_(parameters, training.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        steps.append({"seconds": time.perf_counter() - begin, "loss": float(loss), "tokens": sum(len(row) for row in every)})
+        steps.append({"seconds": time.perf_counter() - begin, "loss": loss.item(), "tokens": sum(len(row) for row in every)})
     return steps
 
 

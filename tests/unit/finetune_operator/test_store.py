@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -204,3 +206,44 @@ def apply_merge_patch(target: Any, patch: Any) -> Any:
 def test_a_merge_patch_makes_the_one_of_the_other(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert apply_merge_patch(before, merge_patch(before, after)) == after
     assert merge_patch(after, after) == {}
+
+
+def test_a_sample_for_metrics_has_phase_and_progress_until_the_job_ends() -> None:
+    store = Store()
+    status = {"phase": "Running", "progress": {"step": 3, "totalSteps": 9, "loss": 1.5}}
+    store.put_job(raw_job(1, status=status))
+    (sample,) = store.samples()
+    assert (sample.namespace, sample.name, sample.phase) == ("team", "job", "Running")
+    assert sample.progress is not None
+    assert (sample.progress["step"], sample.progress["totalSteps"], sample.progress["loss"]) == (3, 9, 1.5)
+    store.put_job(raw_job(2, status={**status, "phase": "Succeeded", "completionTime": "2026-11-21T11:00:00Z"}))
+    assert [(sample.phase, sample.progress) for sample in store.samples()] == [("Succeeded", None)]
+    store.put_job(raw_job(3))
+    assert [sample.phase for sample in store.samples()] == ["Pending"]
+
+
+def test_a_job_at_rest_takes_little_memory() -> None:
+    """Models are made when they are wanted: with them a job takes 20 KiB."""
+    store, jobs = Store(), 100
+
+    def put(number: int) -> None:
+        raw = raw_job(1, uid=f"u{number}", status={"phase": "Running", "progress": {"step": 3, "totalSteps": 9}})
+        raw["metadata"]["name"] = f"job-{number}"
+        store.put_job(raw)
+        record = store.jobs["team", f"job-{number}"]
+        assert isinstance(record.parsed, FineTuneJob)
+        assert record.status.phase is Phase.RUNNING
+        record.rest()
+
+    put(jobs)  # what is made once
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for number in range(jobs):
+            put(number)
+        list(store.samples())
+        gc.collect()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / jobs < 4096
