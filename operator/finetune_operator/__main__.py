@@ -20,6 +20,9 @@ from finetune_operator.settings import Settings
 from finetune_operator.settings_load import Replica
 from finetune_trainer.contract import ConfigurationError
 
+COLLECT_EVERY = (20_000, 20, 20)
+"""Rarer than Python's own (700, 10, 10), which takes a fifth of the CPU in a burst of a thousand jobs; 4 MiB more."""
+
 logger = logging.getLogger("finetune_operator")
 
 
@@ -29,6 +32,7 @@ def main() -> int:
     logging.getLogger("kopf").setLevel(logging.WARNING)
     try:
         settings, replica = settings_load.load()
+        gc.set_threshold(*COLLECT_EVERY)
         gc.freeze()  # what was imported stays: the garbage collector need not look at it again
         uvloop.run(_run(settings, replica))
     except (ConfigurationError, ConfigException) as error:
