@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import reference_model
 from finetune_trainer import flags
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -131,7 +132,6 @@ def test_rows_of_the_same_work_metric_and_machine_are_replaced_in_their_place() 
 
 
 def test_the_flops_of_a_step_are_those_of_the_reference_model() -> None:
-    reference_model = pytest.importorskip("reference_model")
     matrices = sum(math.prod(shape) for name, shape in reference_model.shapes().items() if len(shape) == 2 and "embed_tokens" not in name)
     rows, length = 16, 2000
     attention = 3 * rows * reference_model.LAYERS * 2 * 2 * length**2 / 2 * 3584  # two products forward, four backward, half of each masked
