@@ -198,7 +198,7 @@ class _Thread(Watch):
 
     def close(self) -> None:
         self._command(Message(kind="bye"))
-        self._thread.join(FAREWELL_SECONDS if self._is_heard() else 0.0)
+        self._thread.join(FAREWELL_SECONDS)
 
     def _command(self, message: Message) -> None:
         self._words.put(message)
@@ -480,17 +480,22 @@ class OtherNode(_Thread):
         self._complained = False
 
     def _is_heard(self) -> bool:
-        return self._line is not None and self._line.node == 0
+        return self._line is not None or self._has_news()
+
+    def _has_news(self) -> bool:
+        """Whether node 0 still has to be told more than that this node ends."""
+        return any(message.kind != "bye" for message in self._kept)
 
     def _obey(self, message: Message) -> None:
         if message.kind == "bye":
             self._closing = time.monotonic() + FAREWELL_SECONDS
-        if self._line is not None and self._is_heard():
-            self._attend(self._line, lambda: self._line.send(message))  # type: ignore[union-attr]
-        elif message.kind in ("failed", "stop"):
-            self._kept.append(message)
-            if not self._known:
-                self._deadline = self._deadline or time.monotonic() + RETURN_SECONDS
+        line = self._line
+        if line is not None and line.node == 0:
+            self._attend(line, lambda: line.send(message))
+            return
+        self._kept.append(message)
+        if self._has_news() and not self._known:
+            self._deadline = self._deadline or time.monotonic() + RETURN_SECONDS
 
     def _hear(self, line: Line, message: Message) -> None:
         if message.kind == "hello":
@@ -520,7 +525,7 @@ class OtherNode(_Thread):
         if self._closing is None and self._deadline is not None and now > self._deadline:
             self._closing = 0.0
             self._settle(describe_loss(0, self._seat.master_address) if self._known else None)
-        if self._closing is None and self._line is None and now > self._next_try:
+        if (self._closing is None or self._has_news()) and self._line is None and now > self._next_try:
             self._connect()
         if not self._complained and not self._known and now - self._opened > UNREACHED_SECONDS:
             self._complained = True

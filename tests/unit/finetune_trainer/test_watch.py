@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import threading
 from collections.abc import Iterator
@@ -184,6 +185,38 @@ def test_a_launcher_of_an_earlier_attempt_is_not_listened_to(seats: tuple[Seat, 
     first.close()
     stale.close()
     assert heard == []
+
+
+def test_what_a_node_had_to_say_before_node_0_answered_is_said_before_it_ends(seats: tuple[Seat, Seat]) -> None:
+    """A pod may be asked to stop, and its ranks be done, in the moment between its launcher's call and node 0's answer."""
+    other = OtherNode(seats[1], silent, silent)
+    with listen(seats[0]) as server:
+        other.start()
+        connection, _ = server.accept()
+        with connection, connection.makefile("rb") as lines:
+            assert Message.model_validate_json(lines.readline()).kind == "hello"
+            other.request_stop()
+            closing = threading.Thread(target=other.close)
+            closing.start()
+            connection.sendall(Message(kind="hello", gang=seats[0].gang).model_dump_json().encode() + b"\n")
+            assert [Message.model_validate_json(lines.readline()).kind for _ in range(2)] == ["stop", "bye"]
+        closing.join(30)
+        assert not closing.is_alive()
+
+
+def test_a_node_that_is_asked_to_stop_before_node_0_listens_still_tells_it(seats: tuple[Seat, Seat]) -> None:
+    heard: queue.SimpleQueue[News] = queue.SimpleQueue()
+    first, other = FirstNode(seats[0], heard.put, silent), OtherNode(seats[1], silent, silent)
+    other.start()
+    other.request_stop()
+    closing = threading.Thread(target=other.close)
+    closing.start()
+    first.start()
+    assert heard.get(timeout=30) is News.STOP
+    closing.join(30)
+    assert first.agree(failure(Reason.PREEMPTED)) == failure(Reason.PREEMPTED)
+    first.close()
+    assert heard.empty()
 
 
 def test_a_node_that_does_not_reach_node_0_keeps_its_own_reason_and_says_so_once(seats: tuple[Seat, Seat], monkeypatch: pytest.MonkeyPatch) -> None:
