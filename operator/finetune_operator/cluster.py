@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -17,7 +17,7 @@ from finetune_operator.children import Children
 from finetune_operator.connection import MERGE_PATCH, METADATA_LIST, METADATA_ONLY, ApiError, Connection, Priority
 from finetune_operator.lifecycle import Decision, Deletion, Event
 from finetune_operator.observed import Node, Observed, Pod, Refusal
-from finetune_operator.pods import read_pod, read_time
+from finetune_operator.pods import read_time
 from finetune_operator.polling import Poller
 from finetune_operator.problems import InvalidJob
 from finetune_operator.queue import Key
@@ -30,7 +30,6 @@ MOST_ROUNDS = 5
 """Decisions that may follow one another at once; more would be a decision that contradicts itself, and waits for the queue."""
 OVERDUE = timedelta(seconds=5)
 """A pod that is still there so long after its grace period: its node is looked at."""
-LIST_CHUNK = "100"
 OUR_PODS = {"labelSelector": names.JOB_LABEL}
 JOBS, PODS = (f"/apis/{names.API_VERSION}", names.PLURAL), ("/api/v1", "pods")
 NOT_SERVABLE = (403, 404)
@@ -238,23 +237,15 @@ class Cluster:
                 return
         raise NotServed(f"the API server does not know {names.PLURAL}.{names.GROUP}: apply the CustomResourceDefinition")
 
-    async def recall(self, place: str) -> None:
-        """Take in every pod of a namespace (empty: of all), before anything is decided: watches tell a job before its pods, which would then read as deleted.
-
-        Raises ApiError where it, or the jobs there, cannot be listed.
-        """
-        await self._get(_path(JOBS, place), params={"limit": "1"})
-        async for page in self._pages(_path(PODS, place), OUR_PODS, accept="application/json"):
-            for raw in page["items"] or ():
-                record = read_pod(raw)
-                if record is not None:
-                    self.store.put_pod(record)
+    async def check_place(self, place: str) -> None:
+        """Raises ApiError where the jobs of a namespace (empty: of all) cannot be listed."""
+        await self._get(path_of(JOBS, place), params={"limit": "1"})
 
     async def may_serve(self, place: str) -> bool:
         """Whether jobs and pods of a namespace can be listed."""
         try:
             for kind in (JOBS, PODS):
-                await self._get(_path(kind, place), params={"limit": "1"})
+                await self._get(path_of(kind, place), params={"limit": "1"})
         except ApiError as error:
             if error.status not in NOT_SERVABLE:
                 raise
@@ -262,7 +253,7 @@ class Cluster:
         return True
 
     async def _list(self, listing: Listing, kind: tuple[str, str], place: str, params: dict[str, str]) -> None:
-        async for page in self._pages(_path(kind, place), params, accept=METADATA_LIST):
+        async for page in self.connection.pages(path_of(kind, place), params, accept=METADATA_LIST):
             listing.uids.update(item["metadata"]["uid"] for item in page["items"] or ())
         listing.versions.append(int(page["metadata"]["resourceVersion"]))
 
@@ -275,26 +266,13 @@ class Cluster:
             raise ApiError("GET", path, answer)
         return answer.body
 
-    async def _pages(self, path: str, params: dict[str, str], *, accept: str) -> AsyncIterator[dict[str, Any]]:
-        """A list, in chunks; raises ApiError."""
-        onward = ""
-        while True:
-            query = {**params, "limit": LIST_CHUNK, "continue": onward}
-            answer = await self.connection.send("GET", path, order=(Priority.EVENTS, ""), accept=accept, params=query)
-            if not answer.ok:
-                raise ApiError("GET", path, answer)
-            yield answer.body
-            onward = answer.body["metadata"].get("continue", "")
-            if not onward:
-                return
-
 
 def _suspects(pods: Iterable[Pod], now: datetime) -> set[str]:
     """Nodes that a decision may depend on."""
     return {pod.node for pod in pods if pod.node and (pod.silent_since or (pod.deletion and pod.deletion + OVERDUE < now))}
 
 
-def _path(kind: tuple[str, str], place: str) -> str:
+def path_of(kind: tuple[str, str], place: str) -> str:
     """Where a kind is listed: in a namespace; everywhere, where that is empty."""
     return f"{kind[0]}/namespaces/{place}/{kind[1]}" if place else "/".join(kind)
 

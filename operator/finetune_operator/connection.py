@@ -12,7 +12,7 @@ import heapq
 import itertools
 import logging
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -26,6 +26,10 @@ from kubernetes.aio import client, config
 from finetune_operator import metrics, names
 
 REQUEST_SECONDS = 30.0
+WATCH_SECONDS = 300
+"""After so long the API server is to end a watch."""
+LIST_CHUNK = "100"
+"""A pod takes 25 KiB while it is read."""
 THROTTLED = 429
 MOST_THROTTLED = 3
 """Times that a request is sent again of which the API server says that it was too many."""
@@ -141,7 +145,7 @@ class Turns:
 
 
 class Connection:
-    """The API server, for everything but watches (kopf's) and the Lease (the official client's)."""
+    """The API server, for everything but the watch of jobs (kopf's) and the Lease (the official client's)."""
 
     def __init__(self, configuration: client.Configuration, in_flight: int) -> None:
         self.configuration = configuration
@@ -150,7 +154,7 @@ class Connection:
 
     async def __aenter__(self) -> Self:
         self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self.in_flight, ssl=ssl_context(self.configuration)),
+            connector=aiohttp.TCPConnector(limit=0, ssl=ssl_context(self.configuration)),  # turns are the limit; watches take none
             timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS),
             headers={"User-Agent": names.OPERATOR},
         )
@@ -185,10 +189,42 @@ class Connection:
                 answer = await self._ask(method, path, data, headers, params)
         return answer
 
-    async def _ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str], params: dict[str, str] | None) -> Answer:
+    async def pages(self, path: str, params: dict[str, str], accept: str = "application/json") -> AsyncIterator[dict[str, Any]]:
+        """A list, in chunks; raises ApiError, aiohttp.ClientError, TimeoutError."""
+        onward = ""
+        while True:
+            query = {**params, "limit": LIST_CHUNK, "continue": onward}
+            answer = await self.send("GET", path, order=(Priority.EVENTS, ""), accept=accept, params=query)
+            if not answer.ok:
+                raise ApiError("GET", path, answer)
+            yield answer.body
+            onward = answer.body["metadata"].get("continue", "")
+            if not onward:
+                return
+
+    async def watch(self, path: str, params: dict[str, str]) -> AsyncGenerator[dict[str, Any], None]:
+        """Events of a kind, `{"type": ..., "object": ...}`, as they happen, until the API server ends the watch. It takes no turn.
+
+        Raises ApiError where the watch is refused, aiohttp.ClientError, TimeoutError.
+        """
+        query = {**params, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(WATCH_SECONDS)}
+        limits = aiohttp.ClientTimeout(total=WATCH_SECONDS + REQUEST_SECONDS, sock_connect=REQUEST_SECONDS)
+        headers = await self._authorized({"Accept": "application/json"})
+        async with self.session.get(self.configuration.host + path, params=query, headers=headers, timeout=limits) as response:
+            if response.status != 200:
+                raise ApiError("WATCH", path, Answer(response.status, _read(await response.read())))
+            rest = b""
+            async for chunk in response.content.iter_any():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    yield orjson.loads(line)
+
+    async def _authorized(self, headers: dict[str, str]) -> dict[str, str]:
         token = await authorization(self.configuration)
-        if token is not None:
-            headers["Authorization"] = token
+        return headers if token is None else {**headers, "Authorization": token}
+
+    async def _ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str], params: dict[str, str] | None) -> Answer:
+        headers = await self._authorized(headers)
         with metrics.REQUEST_SECONDS.labels(method).time():
             async with self.session.request(method, self.configuration.host + path, data=data, headers=headers, params=params) as response:
                 content = await response.read()

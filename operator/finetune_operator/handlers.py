@@ -1,4 +1,4 @@
-"""kopf's part: discovery, watches and authentication. What a watch tells goes into the store, the job's key into the queue; nothing else happens here."""
+"""What watches tell goes into the store, the job's key into the queue; nothing else happens here. kopf watches jobs, a reflector pods."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from kubernetes.aio import client
 
 from finetune_operator import connection, metrics, names
 from finetune_operator.children import Children
-from finetune_operator.cluster import NOT_SERVABLE, Cluster, NotServed, StartAnew
+from finetune_operator.cluster import NOT_SERVABLE, OUR_PODS, PODS, Cluster, NotServed, StartAnew, path_of
 from finetune_operator.connection import ApiError, Connection, Turns
 from finetune_operator.pods import read_pod
 from finetune_operator.polling import Poller
 from finetune_operator.queue import Key, Queue
+from finetune_operator.reflector import Reflector
 from finetune_operator.settings import Settings
 from finetune_operator.store import Store
 from finetune_operator.telling import Teller
@@ -30,7 +31,6 @@ SETTLE_SECONDS = 2.0
 CREDENTIAL_MINUTES = 5
 """A service account's token is read again before it is rotated."""
 LIST_CHUNK = 100
-"""A pod takes 25 KiB while it is read."""
 RECALL_RETRY_SECONDS = 1.0
 
 ORDINARY = (ApiError, aiohttp.ClientError, OSError, TimeoutError)
@@ -56,9 +56,11 @@ class Operator:
 
         Raises StartAnew and NotServed when the next process would see more than this one, and what kopf raises when it cannot go on.
         """
-        async with self._working() as (queue, cluster):
-            places = await self._recall(cluster)
-            tasks = [asyncio.create_task(self._resync(cluster, queue, places)), asyncio.create_task(self._watch(queue, places))]
+        async with self._working() as (queue, cluster, reflector):
+            versions = await self._recall(cluster, reflector)
+            places = list(versions)
+            following = (reflector.follow(path_of(PODS, place), version) for place, version in versions.items())
+            tasks = [asyncio.create_task(each) for each in (self._resync(cluster, queue, places), self._watch(queue, places), *following)]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -91,51 +93,51 @@ class Operator:
         return self.queue.depth() if self.queue else 0
 
     @asynccontextmanager
-    async def _working(self) -> AsyncIterator[tuple[Queue, Cluster]]:
+    async def _working(self) -> AsyncIterator[tuple[Queue, Cluster, Reflector]]:
         async with Connection(self.configuration, self.settings.requests_in_flight) as api, Poller(self.settings, self._heard) as poller:
             teller = Teller(api)
             cluster = Cluster(
                 api, self.store, self.settings, Children(api, self.store, self.settings, Turns(2 * self.settings.requests_in_flight)), poller, teller
             )
-            self.queue = Queue(cluster.reconcile, cluster.complain, ORDINARY)
+            self.queue = queue = Queue(cluster.reconcile, cluster.complain, ORDINARY)
             telling = asyncio.create_task(teller.run())
             try:
-                yield self.queue, cluster
+                yield queue, cluster, Reflector(api, OUR_PODS, lambda kind, raw: self._hear_pod(queue, kind, raw))
             finally:
-                await self.queue.close()
+                await queue.close()
                 await _end([telling])
 
-    async def _recall(self, cluster: Cluster) -> list[str]:
-        """Wait until there is something to serve; the namespaces that are (one without a name: all). Each trouble is told once."""
+    async def _recall(self, cluster: Cluster, reflector: Reflector) -> dict[str, str]:
+        """Wait until there is something to serve; by namespace (one without a name: all) the resource version at which its pods were listed.
+
+        Pods come before anything is decided: a job that is told before its pods would read as one whose pods were deleted. Each trouble is told once.
+        """
         told = ""
         while True:
             try:
                 await cluster.check_served()
-                places, problem = await self._recall_all(cluster)
+                versions, problem = await self._recall_all(cluster, reflector)
             except (NotServed, *ORDINARY) as error:
-                places, problem = [], str(error) or type(error).__name__
+                versions, problem = {}, str(error) or type(error).__name__
             if problem and problem != told:
                 logger.warning("%s", problem)
                 told = problem
-            if places:
-                return places
+            if versions:
+                return versions
             await asyncio.sleep(RECALL_RETRY_SECONDS)
 
-    async def _recall_all(self, cluster: Cluster) -> tuple[list[str], str]:
-        """The namespaces that can be served, and what is wrong with the others."""
-        if not self.settings.watch_namespaces:
-            await cluster.recall("")
-            return [""], ""
-        places, problems = [], []
-        for place in self.settings.watch_namespaces:
+    async def _recall_all(self, cluster: Cluster, reflector: Reflector) -> tuple[dict[str, str], str]:
+        """The namespaces that can be served, as above, and what is wrong with the others."""
+        versions, problems = {}, []
+        for place in self.settings.watch_namespaces or [""]:
             try:
-                await cluster.recall(place)
-                places.append(place)
+                await cluster.check_place(place)
+                versions[place] = await reflector.list(path_of(PODS, place))
             except ApiError as error:
-                if error.status not in NOT_SERVABLE:
+                if not place or error.status not in NOT_SERVABLE:
                     raise
                 problems.append(f"namespace {place} cannot be served for now: {error}")
-        return places, "; ".join(problems)
+        return versions, "; ".join(problems)
 
     def _heard(self, key: Key) -> None:
         if self.queue is not None:
@@ -174,11 +176,6 @@ class Operator:
         @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
         async def job(event: Any, **_: Any) -> None:
             self._hear_job(queue, event["type"], event["object"])
-            lighten(event["object"])
-
-        @kopf.on.event("", "v1", "pods", registry=registry)
-        async def pod(event: Any, **_: Any) -> None:
-            self._hear_pod(queue, event["type"], event["object"])
             lighten(event["object"])
 
         return registry
@@ -273,7 +270,6 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.persistence.diffbase_storage = NoDiffs()
     settings.persistence.progress_storage = NoProgress()
     settings.watching.chunk_size = LIST_CHUNK
-    settings.watching.label_selectors["v1", "pods"] = names.JOB_LABEL
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.queueing.idle_timeout = 0.05  # until then a worker of kopf's holds the whole object: 80 MiB at a start beside 1,000 jobs
