@@ -91,7 +91,7 @@ class Plan:
     @cached_property
     def run_config(self) -> str:
         """RunConfig as one line of JSON: the same in every pod of the gang."""
-        return json.dumps(json.loads(self.config.dump()), ensure_ascii=False, separators=(",", ":"))
+        return self.config.dump(one_line=True)
 
 
 def cluster_place(settings: Settings) -> Place:

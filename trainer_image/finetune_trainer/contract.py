@@ -315,10 +315,10 @@ class RunConfig(Contract):
         except OSError as error:
             raise ConfigurationError(f"cannot read the run's configuration: {error}") from error
 
-    def dump(self) -> str:
+    def dump(self, *, one_line: bool = False) -> str:
         """This configuration as JSON with camelCase names: what was written, without defaults; ``load`` reads it back equal."""
-        written = self.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-        return json.dumps({**written, "version": self.version}, indent=2, ensure_ascii=False)
+        written = {**self.model_dump(mode="json", exclude_unset=True, exclude_none=True), "version": self.version}
+        return json.dumps(written, ensure_ascii=False, **({"separators": (",", ":")} if one_line else {"indent": 2}))
 
     def identity(self) -> str:
         """Hash of what decides the result (model, data, tuning, training, and the uid where there is one), 16 hexadecimal digits.
