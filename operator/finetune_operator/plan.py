@@ -5,7 +5,6 @@ The same Plan becomes pods in a cluster and local processes in `finetune run`; t
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
