@@ -95,7 +95,6 @@ class Cluster:
     async def _step(self, job: JobRecord) -> tuple[Decision, bool]:
         """One decision, carried out; whether another one at once would find nothing to do."""
         decision, made = await self._decide(job)
-        job.rest()  # its status may wait for its turn until all gangs of a burst are made
         written = await self._write(job, decision.status, _urgency(job, decision))
         await self._delete(job, decision.delete)
         for event in decision.events:
@@ -170,20 +169,22 @@ class Cluster:
 
     async def _write(self, job: JobRecord, status: Status, urgency: Priority) -> bool:
         """Write what has changed of the status, only if the job is still the one that was observed. Raises Conflict where it is not."""
-        if status == job.status:
+        before = job.status
+        if status == before:
             return False
-        patch = {"metadata": {"resourceVersion": str(job.resource_version)}, "status": merge_patch(dump_status(job.status), dump_status(status))}
+        patch = {"metadata": {"resourceVersion": str(job.resource_version)}, "status": merge_patch(dump_status(before), dump_status(status))}
         path = f"/apis/{names.API_VERSION}/namespaces/{job.key[0]}/{names.PLURAL}/{job.key[1]}/status"
         params = {"fieldManager": names.OPERATOR}
+        job.rest()  # this may wait for its turn until all gangs of a burst are made
         answer = await self.connection.send("PATCH", path, patch, order=(urgency, job.age), accept=METADATA_ONLY, content_type=MERGE_PATCH, params=params)
         if answer.status == 404:
             self.store.remove_job(job.key, job.uid)
             return True
         if not answer.ok:
             raise (Conflict if answer.status == 409 else ApiError)("PATCH", path, answer)
-        if status.progress != job.status.progress:
+        if status.progress != before.progress:
             self.poller.note_written(job.key)
-        _count(job, status)
+        _count(job.key[0], before, status)
         job.note_written(int(answer.body["metadata"]["resourceVersion"]), status)
         return True
 
@@ -288,8 +289,8 @@ def _warn_of_nodes() -> None:
     logger.warning("the operator has no right to get nodes: one that is lost is not noticed before its pods are deleted")
 
 
-def _count(job: JobRecord, status: Status) -> None:
+def _count(namespace: str, before: Status, status: Status) -> None:
     for kind, result in ((ConditionType.SUCCEEDED, "succeeded"), (ConditionType.FAILED, "failed")):
         condition = status.condition(kind)
-        if condition is not None and condition.status == "True" and not job.status.is_true(kind):
-            metrics.JOBS_FINISHED.labels(job.key[0], result, condition.reason).inc()
+        if condition is not None and condition.status == "True" and not before.is_true(kind):
+            metrics.JOBS_FINISHED.labels(namespace, result, condition.reason).inc()

@@ -245,8 +245,7 @@ class Connection:
         begun = time.perf_counter()
         async with self.session.request(method, self._url(path, params), data=data, headers=headers) as response:
             content = await response.read()
-        metrics.REQUEST_SECONDS.labels(method).observe(time.perf_counter() - begun)
-        metrics.REQUESTS.labels(method, str(response.status)).inc()
+        metrics.count_request(method, response.status, time.perf_counter() - begun)
         return Answer(response.status, _read(content), _pause(response.headers) if response.status == THROTTLED else 0.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -25,6 +26,19 @@ JOB_RESTARTS = Counter("finetune_job_restarts", "Gangs that this replica started
 LEADER = Gauge("finetune_operator_leader", "1 while this replica acts.")
 BUILD = Info("finetune_operator_build", "Version of the operator.")
 BUILD.info({"version": version("mcore-finetune")})
+
+
+def count_request(method: str, status: int, seconds: float) -> None:
+    """One request and its answer."""
+    requests, durations = _of_requests(method, status)
+    requests.inc()
+    durations.observe(seconds)
+
+
+@cache
+def _of_requests(method: str, status: int) -> tuple[Counter, Histogram]:
+    """Looked up once: to find a metric by its labels takes longer than to count."""
+    return REQUESTS.labels(method, str(status)), REQUEST_SECONDS.labels(method)
 
 
 @dataclass(frozen=True)
