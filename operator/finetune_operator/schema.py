@@ -235,9 +235,13 @@ def parse(value: Any) -> FineTuneJob:
     for key, right in (("apiVersion", names.API_VERSION), ("kind", names.KIND)):
         if value.get(key) != right:
             raise InvalidJob(Problem(key, f"it must be {right} (found {value.get(key, 'nothing')})"))
-    known = {**value, "spec": _without_nulls(value["spec"], Spec)} if "spec" in value else value
+    return parse_json(json.dumps({**value, "spec": _without_nulls(value["spec"], Spec)} if "spec" in value else value))
+
+
+def parse_json(text: str | bytes) -> FineTuneJob:
+    """As `parse`, out of JSON as the API server has it: of this kind, without nulls, which it takes away."""
     try:
-        return FineTuneJob.model_validate_json(json.dumps(known), strict=True, by_alias=True, by_name=False)
+        return FineTuneJob.model_validate_json(text, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         raise InvalidJob(*problems.read(error)) from error
 

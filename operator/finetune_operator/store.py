@@ -60,7 +60,9 @@ class JobRecord:
         """The job as a model, or why it cannot be read."""
         metadata = {"namespace": self.key[0], "name": self.key[1], "uid": self.uid}
         try:
-            return schema.parse({"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "spec": orjson.loads(self.spec)})
+            return schema.parse_json(
+                orjson.dumps({"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "spec": orjson.Fragment(self.spec)})
+            )
         except InvalidJob as problems:
             return problems
 
