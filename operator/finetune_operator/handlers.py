@@ -102,7 +102,7 @@ class Operator:
             self.queue = queue = Queue(cluster.reconcile, cluster.complain, ORDINARY)
             telling = asyncio.create_task(teller.run())
             try:
-                yield queue, cluster, Reflector(api, OUR_PODS, lambda kind, raw: self._hear_pod(queue, kind, raw))
+                yield queue, cluster, Reflector(api, OUR_PODS, lambda kind, raw: self._hear_pod(queue, kind, raw), self.listed.set)
             finally:
                 await queue.close()
                 await _end([telling])
@@ -181,7 +181,9 @@ class Operator:
         return registry
 
     def _hear_job(self, queue: Queue, kind: str | None, raw: dict[str, Any]) -> None:
-        self._note(kind)
+        _note(kind)
+        if kind is None:
+            self.listed.set()
         metadata = raw["metadata"]
         key: Key | None = (metadata["namespace"], metadata["name"])
         if kind == "DELETED":
@@ -192,7 +194,7 @@ class Operator:
             queue.add(key)
 
     def _hear_pod(self, queue: Queue, kind: str | None, raw: dict[str, Any]) -> None:
-        self._note(kind)
+        _note(kind)
         record = read_pod(raw)
         if record is None:
             return
@@ -204,10 +206,9 @@ class Operator:
         if key is not None:
             queue.add(key)
 
-    def _note(self, kind: str | None) -> None:
-        metrics.WATCH_EVENTS.labels(kind or "LISTED").inc()
-        if kind is None:
-            self.listed.set()
+
+def _note(kind: str | None) -> None:
+    metrics.WATCH_EVENTS.labels(kind or "LISTED").inc()
 
 
 def lighten(raw: dict[str, Any]) -> None:

@@ -525,7 +525,7 @@ class OtherNode(_Thread):
         if self._closing is None and self._deadline is not None and now > self._deadline:
             self._closing = 0.0
             self._settle(describe_loss(0, self._seat.master_address) if self._known else None)
-        if (self._closing is None or self._has_news()) and self._line is None and now > self._next_try:
+        if self._line is None and now > self._next_try and (self._closing is None or (self._has_news() and now < self._closing)):
             self._connect()
         if not self._complained and not self._known and now - self._opened > UNREACHED_SECONDS:
             self._complained = True

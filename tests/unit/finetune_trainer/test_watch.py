@@ -219,6 +219,24 @@ def test_a_node_that_is_asked_to_stop_before_node_0_listens_still_tells_it(seats
     assert heard.empty()
 
 
+def test_a_node_that_has_given_up_does_not_call_again(seats: tuple[Seat, Seat], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Node 0 would greet it, lose it, and take it for gone: another failure than the one that it ends with."""
+    monkeypatch.setattr(watch, "RETURN_SECONDS", 0.3)
+    late: list[bool] = []
+
+    class Caller(OtherNode):
+        def _connect(self) -> None:
+            late.append(self._closing is not None)
+            super()._connect()
+
+    other = Caller(seats[1], silent, silent)
+    other.start()
+    assert other.agree(failure(Reason.OUT_OF_MEMORY, 1)) == failure(Reason.OUT_OF_MEMORY, 1)
+    other.close()
+    assert late
+    assert not any(late)
+
+
 def test_a_node_that_does_not_reach_node_0_keeps_its_own_reason_and_says_so_once(seats: tuple[Seat, Seat], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "UNREACHED_SECONDS", 0.0)
     said: list[str] = []
