@@ -174,7 +174,8 @@ def test_nodes_agree_on_the_first_nodes_word(seats: tuple[Seat, Seat]) -> None:
     other.close()
 
 
-def test_a_launcher_of_an_earlier_attempt_is_not_listened_to(seats: tuple[Seat, Seat]) -> None:
+def test_a_launcher_of_an_earlier_attempt_is_not_listened_to(seats: tuple[Seat, Seat], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "RETURN_SECONDS", 0.5)
     heard: list[News] = []
     first = FirstNode(seats[0], heard.append, silent)
     first.start()
@@ -239,6 +240,7 @@ def test_a_node_that_has_given_up_does_not_call_again(seats: tuple[Seat, Seat], 
 
 def test_a_node_that_does_not_reach_node_0_keeps_its_own_reason_and_says_so_once(seats: tuple[Seat, Seat], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "UNREACHED_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "RETURN_SECONDS", 0.5)
     said: list[str] = []
     told = threading.Event()
     other = OtherNode(seats[1], silent, lambda sentence: (said.append(sentence), told.set())[0])
