@@ -17,6 +17,7 @@ import selectors
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ def open_watch(seat: Seat, tell: Callable[[News], None], say: Callable[[str], No
     return FirstNode(seat, tell, say) if seat.node == 0 else OtherNode(seat, tell, say)
 
 
-class _Thread(Watch):
+class _Thread(Watch, ABC):
     """The thread that both kinds of node have: connections, and the launcher's own words, which come through a queue."""
 
     def __init__(self, seat: Seat, tell: Callable[[News], None], say: Callable[[str], None]) -> None:
@@ -265,28 +266,28 @@ class _Thread(Watch):
     def _lines(self) -> list[Line]:
         return [key.data for key in self._selector.get_map().values() if isinstance(key.data, Line)]
 
+    @abstractmethod
     def _is_heard(self) -> bool:
         """Whether another launcher may still read what was said."""
-        raise NotImplementedError
 
     def _open(self) -> None:
         """Done first, in the thread."""
 
+    @abstractmethod
     def _obey(self, message: Message) -> None:
         """The launcher's own word."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hear(self, line: Line, message: Message) -> None:
         """Another launcher's word. Raises OSError to end the connection."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _lose(self, line: Line) -> None:
         """A connection broke without a word."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tick(self, now: float) -> None:
         """What time brings."""
-        raise NotImplementedError
 
 
 # Node 0
