@@ -31,7 +31,7 @@ WATCH_SECONDS = 300
 """After so long the API server is to end a watch."""
 SILENCE_SECONDS = 90.0
 """A watch on which nothing came for so long is taken for broken: bookmarks come every minute."""
-LIST_CHUNK = "100"
+LIST_CHUNK = 100
 """A pod takes 25 KiB while it is read."""
 THROTTLED = 429
 MOST_THROTTLED = 3
@@ -211,7 +211,7 @@ class Connection:
         """A list, in chunks; raises ApiError, aiohttp.ClientError, TimeoutError."""
         onward = ""
         while True:
-            query = {**params, "limit": LIST_CHUNK, "continue": onward}
+            query = {**params, "limit": str(LIST_CHUNK), "continue": onward}
             answer = await self.send("GET", path, order=(priority, ""), accept=accept, params=query)
             if not answer.ok:
                 raise ApiError("GET", path, answer)

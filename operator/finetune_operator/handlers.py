@@ -30,7 +30,6 @@ SETTLE_SECONDS = 2.0
 """After a watch has listed anew, its events have come by then."""
 CREDENTIAL_MINUTES = 5
 """A service account's token is read again before it is rotated."""
-LIST_CHUNK = 100
 RECALL_RETRY_SECONDS = 1.0
 
 ORDINARY = (ApiError, aiohttp.ClientError, OSError, TimeoutError)
@@ -270,9 +269,9 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.persistence.diffbase_storage = NoDiffs()
     settings.persistence.progress_storage = NoProgress()
-    settings.watching.chunk_size = LIST_CHUNK
-    settings.watching.server_timeout = 300
-    settings.watching.client_timeout = 330
+    settings.watching.chunk_size = connection.LIST_CHUNK
+    settings.watching.server_timeout = connection.WATCH_SECONDS
+    settings.watching.client_timeout = connection.WATCH_SECONDS + connection.REQUEST_SECONDS
     settings.queueing.idle_timeout = 0.05  # until then a worker of kopf's holds the whole object: 80 MiB at a start beside 1,000 jobs
     settings.networking.request_timeout = connection.REQUEST_SECONDS
     settings.networking.enforce_retry_after = True

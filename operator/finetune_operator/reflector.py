@@ -65,7 +65,7 @@ class Reflector:
             except ApiError as error:
                 well, asked = told, error.pause
                 version = version if error.status in BUSY else ""
-                logger.info("%s is %s: %s", path, "watched again" if version else "listed again", error)
+                logger.warning("%s is %s: %s", path, "watched again" if version else "listed again", error)
             except (aiohttp.ClientError, config.ConfigException, OSError, TimeoutError) as error:
                 well = told or time.monotonic() - begun >= SHORT_SECONDS
                 logger.info("the watch of %s was broken off: %s", path, str(error) or type(error).__name__)
