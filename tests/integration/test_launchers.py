@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -16,20 +17,32 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from finetune_trainer.contract import Reason, RunConfig, RunReport
 
 MASTER = "127.0.0.2"
-DEADLINE_SECONDS = 90
+DEADLINE_SECONDS = 300
+"""Of what is still alive: an end is noticed at once."""
 HOST = socket.gethostname()
 KILLED = "was killed by signal SIGKILL; the kernel does so when memory runs out"
-LAUNCH = (
-    "import json, os, sys; from pathlib import Path; from finetune_trainer import launch; sys.exit(launch.launch(Path(sys.argv[1]), os.environ, sys.argv[2:]))"
-)
+LAUNCH = """
+import os, sys
+from pathlib import Path
+from finetune_trainer import launch, watch
+read = watch.Line.read
+def read_and_note(line):
+    messages = read(line)
+    if any(message.kind == "hello" for message in messages):
+        Path(os.environ["TEST_FOLDER"], "greeted-" + os.environ["NODE_RANK"]).touch()
+    return messages
+watch.Line.read = read_and_note
+sys.exit(launch.launch(Path(sys.argv[1]), os.environ, sys.argv[2:]))
+"""
+"""A launcher that leaves a file when another has greeted it: node 1's when both know each other."""
 PRELUDE = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
@@ -56,7 +69,8 @@ class Started:
 
     def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        """None is the end."""
         self._errors: list[str] = []
         self.ended = 0.0
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._read_errors)]
@@ -67,16 +81,26 @@ class Started:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self._lines.put(line)
+        self._lines.put(None)
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
-        self._errors += list(self.process.stderr)
+        for line in self.process.stderr:
+            self._errors.append(line)
         self.process.wait()
         self.ended = time.monotonic()
 
     def hear(self, word: str) -> int:
-        """The process id of the next rank that says ``word``."""
-        said, _, pid = self._lines.get(timeout=DEADLINE_SECONDS).split()
+        """The process id of the next rank that says ``word``; fails at once when the launcher and its ranks end without."""
+        try:
+            line = self._lines.get(timeout=DEADLINE_SECONDS)
+        except queue.Empty:
+            pytest.fail(f"nobody has said {word!r} for {DEADLINE_SECONDS} s; standard error:\n{''.join(self._errors)}")
+        if line is None:
+            self._lines.put(None)
+            code, errors = self.end()
+            pytest.fail(f"the launcher ended with {code} before a rank said {word!r}; standard error:\n{errors}")
+        said, _, pid = line.split()
         assert said == word
         return int(pid)
 
@@ -93,15 +117,13 @@ Took = Callable[..., None]
 
 
 def free_ports() -> int:
-    """A free port after which another is free."""
+    """A port that is free on every address, as is the next one; of those that the kernel gives to no connection, so that none takes it before torch listens there."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind((MASTER, 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind((MASTER, port + 1))
-            except (OSError, OverflowError):
-                continue
+        port = random.randrange(max(1024, lowest // 2), lowest - 1)
+        with suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("", port))
+            second.bind(("", port + 1))
             return port
 
 
@@ -153,11 +175,13 @@ def took(record_property: Callable[[str, object], None]) -> Took:
     return took
 
 
-def await_watch(first: Started) -> None:
-    """Return when another launcher is connected to node 0's."""
+def await_watch(folder: Path, *launchers: Started) -> None:
+    """Return when the launchers of both nodes know each other: node 1 has been greeted in answer to its own greeting."""
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while not any(each.status == psutil.CONN_ESTABLISHED for each in psutil.Process(first.process.pid).net_connections("tcp")):
-        assert time.monotonic() < deadline, "the launchers are not connected"
+    while not (folder / "greeted-1").exists():
+        for launcher in launchers:
+            assert launcher.process.poll() is None, "ended with {} before the launchers knew each other; standard error:\n{}".format(*launcher.end())
+        assert time.monotonic() < deadline, "the launchers do not know each other"
         threading.Event().wait(0.05)
 
 
@@ -176,6 +200,7 @@ def test_a_rank_that_is_killed_ends_both_nodes_with_its_name_and_reason(order: t
     for node in order:
         nodes[node] = start(node, processes=2)
         ranks[node] = [nodes[node].hear("ready") for _ in range(2)]
+    await_watch(tmp_path, *nodes.values())
     began = time.monotonic()
     os.kill(ranks[1][0], signal.SIGKILL)
     ends = [nodes[node].end() for node in (0, 1)]
@@ -201,7 +226,7 @@ def test_a_launcher_that_is_killed_is_a_node_that_is_gone(start: Start, took: To
     nodes = [start(0), start(1)]
     for node in nodes:
         node.hear("ready")
-    await_watch(nodes[0])
+    await_watch(tmp_path, *nodes)
     began = time.monotonic()
     nodes[1].process.kill()
     assert nodes[0].end() == (20, f"megatron: node 1 ({HOST}) is gone: its launcher has ended without a word, or cannot be reached any more\n")
@@ -211,12 +236,12 @@ def test_a_launcher_that_is_killed_is_a_node_that_is_gone(start: Start, took: To
     assert (failure.reason, failure.node, failure.rank) == (Reason.DISTRIBUTED, HOST, None)
 
 
-def test_a_launcher_that_falls_silent_is_a_node_that_is_gone(start: Start, took: Took) -> None:
+def test_a_launcher_that_falls_silent_is_a_node_that_is_gone(start: Start, took: Took, tmp_path: Path) -> None:
     """As when its host loses power: no connection is closed."""
     nodes = [start(0), start(1)]
     for node in nodes:
         node.hear("ready")
-    await_watch(nodes[0])
+    await_watch(tmp_path, *nodes)
     began = time.monotonic()
     nodes[1].process.send_signal(signal.SIGSTOP)
     assert nodes[0].end() == (20, f"megatron: node 1 ({HOST}) is gone: its launcher has ended without a word, or cannot be reached any more\n")
@@ -227,7 +252,7 @@ def test_node_0_that_is_killed_is_told_by_the_other(start: Start, took: Took, tm
     nodes = [start(0), start(1)]
     for node in nodes:
         node.hear("ready")
-    await_watch(nodes[0])
+    await_watch(tmp_path, *nodes)
     began = time.monotonic()
     nodes[0].process.kill()
     assert nodes[1].end() == (20, f"megatron: node 0 ({MASTER}) is gone: its launcher has ended without a word, or cannot be reached any more\n")
@@ -240,7 +265,7 @@ def test_a_connection_that_a_gone_node_broke_is_told_as_that_nodes_end(start: St
     other = start(1)
     first.hear("ready")
     other.hear("ready")
-    await_watch(first)
+    await_watch(tmp_path, first, other)
     other.process.kill()
     (tmp_path / "gone").touch()
     code, errors = first.end()
@@ -260,6 +285,7 @@ def test_a_cause_on_one_node_beats_what_it_looked_like_on_the_other_before(start
     nodes = [start(0, body), start(1, body)]
     for node in nodes:
         node.hear("ready")
+    await_watch(tmp_path, *nodes)
     began = time.monotonic()
     (tmp_path / "go").touch()
     assert [node.end() for node in nodes] == [(14, "megatron: host-1, rank 1: step 3: the loss is nan\n"), (14, "megatron: step 3: the loss is nan\n")]
@@ -291,6 +317,7 @@ def test_a_node_that_is_asked_to_stop_has_the_other_save_too(asked: int, start: 
     for node in nodes:
         node.hear("ready")
         node.hear("ready")
+    await_watch(tmp_path, *nodes)
     began = time.monotonic()
     nodes[asked].process.send_signal(signal.SIGTERM)
     assert [node.end() for node in nodes] == [(143, "megatron: saved step 3\n")] * 2
@@ -322,12 +349,14 @@ from torch import distributed
 from finetune_trainer import __main__ as program
 try:
     distributed.init_process_group("gloo")
-    group = distributed.new_group(timeout=timedelta(seconds=4))
     distributed.barrier()
     say("ready")
+    wait_for("go")
     if rank == int(os.environ["LOCAL_WORLD_SIZE"]):
         wait()
-    distributed.all_reduce(torch.ones(1), group=group)
+    options = distributed.AllreduceOptions()
+    options.timeout = timedelta(seconds=4)  # of this collective alone: ranks may take any time to come
+    distributed.group.WORLD.allreduce([torch.ones(1)], options).wait()
 except Exception as error:
     failure = program.describe(error, rank)
     program.leave(failure, None, "")
@@ -336,13 +365,15 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_rank_that_hangs_ends_both_nodes_as_a_hang(processes: int, start: Start, took: Took) -> None:
+def test_a_rank_that_hangs_ends_both_nodes_as_a_hang(processes: int, start: Start, took: Took, tmp_path: Path) -> None:
     """The first rank that gives up closes its connections: of that the others must not make a connection that broke by itself."""
     nodes = [start(node, HANGING, processes) for node in (0, 1)]
     pids = [node.hear("ready") for node in nodes for _ in range(processes)]
+    await_watch(tmp_path, *nodes)
     began = time.monotonic()
+    (tmp_path / "go").touch()
     ends = [node.end() for node in nodes]
-    took("a rank hangs with ddpTimeout 4 s", began, *nodes)
+    took("a rank hangs in a collective of 4 s", began, *nodes)
     assert [code for code, _ in ends] == [21, 21]
     assert all("a collective did not end within parallelism.ddpTimeout: " in errors for _, errors in ends)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
