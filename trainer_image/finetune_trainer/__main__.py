@@ -1,6 +1,6 @@
 """One rank of a run: ``python -m finetune_trainer RUN.json``, from a RunConfig to a verified result.
 
-Everything heavy is imported inside functions: /progress is answered before torch is imported.
+Everything heavy is imported inside functions: /progress is answered, and rows are read, before torch is imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import launch
+from finetune_trainer import launch, reading
 from finetune_trainer.contract import (
     Artifact,
     ArtifactFormat,
@@ -44,9 +44,9 @@ from finetune_trainer.failures import Failure, leave_failure
 from finetune_trainer.report import Report
 
 if TYPE_CHECKING:
-    from finetune_trainer.data import Rows
     from finetune_trainer.families import Family
     from finetune_trainer.hf_files import HFModel
+    from finetune_trainer.memory import ModelFacts
     from finetune_trainer.parallel import Ranks
 
 SHARED_SECTIONS = ("model", "data", "tuning", "parallelism", "training", "checkpoints", "output")
@@ -96,9 +96,11 @@ def main(arguments: Sequence[str]) -> int:
         config = load(arguments)
         identity = config.identity()
         report = Report(config, rank)
-        report.serve()
         gc.disable()  # until training begins: what is imported and built until then stays
-        run(config, identity, report, stop)
+        warnings.filterwarnings("ignore", module=r"(megatron|torch|transformer_engine|transformers|peft)\b.*")
+        rows = reading.start(config, launch.place_on_node(), launch.failure_folder())  # first: it forks, and must not with threads
+        report.serve()
+        run(config, identity, report, stop, rows)
     except Exception as error:  # noqa: BLE001 the one place where every failure gets its reason and exit code
         stop.ignore()
         failure = describe(error, rank)
@@ -115,14 +117,12 @@ def load(arguments: Sequence[str]) -> RunConfig:
     return RunConfig.load(Path(arguments[0]))
 
 
-def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
-    """The straight line of one run. Collective."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformer_engine|transformers|peft)\b.*")
+def run(given: RunConfig, identity: str, report: Report, stop: Stop, beside: reading.Reading) -> None:
+    """The straight line of one run, whose rows are read ``beside`` it. Collective."""
     from finetune_trainer import (
         checkpoint,
         checkpoint_files,
         convert,
-        data,
         families,
         hf_files,
         lora,
@@ -145,17 +145,18 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
         report.say(line)
         report.heartbeat()
 
-    def read() -> tuple[HFModel, Family, resolve.Resolution, Rows]:
+    def open_model() -> tuple[HFModel, Family, ModelFacts]:
         hf = hf_files.open_model(config.model)
         family = families.find(hf.config)
         facts = memory.read_facts(hf.config)
-        resolution = resolve.resolve(config, facts, machine)
-        rows = data.open_rows(resolution.config.data, data.load_tokenizer(hf.folder), tell)
-        data.check_vocabulary(rows, facts.vocab_size)
-        return hf, family, resolution, rows
+        resolve.resolve(config, facts, machine)  # what cannot work is refused before rows are waited for
+        return hf, family, facts
 
-    hf, family, resolution, rows = together(read)
+    hf, family, facts = together(open_model)
+    rows = together(lambda: beside.rows(tell))
     check_same_rows(from_every(rows.digest))
+    longest = max(rows.lengths)
+    resolution = resolve.resolve(config, facts, machine, longest)
     config = resolution.config
     total_steps = resolve.total_steps(config, len(rows.rows))
     together(lambda: train.check_schedule(config.training, total_steps))
@@ -165,8 +166,7 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop) -> None:
     report.resolved(resolution.chosen)
     report.rows(rows.counts)
 
-    longest = max(map(len, rows.rows))
-    with explain_out_of_memory(lambda: resolve.describe_shortage(config, memory.read_facts(hf.config), machine, longest)):
+    with explain_out_of_memory(lambda: resolve.describe_shortage(config, facts, machine, longest)):
         ranks = parallel.initialize(config.parallelism, config.training.seed)
         chunks = together(lambda: model.build(family, hf.config, config, ranks))
         together(lambda: convert.import_base(chunks, family, hf, ranks))

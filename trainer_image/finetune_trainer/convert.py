@@ -21,6 +21,7 @@ from finetune_trainer.families import Family
 from finetune_trainer.hf_export import FolderWriter, TensorSpec
 from finetune_trainer.hf_files import HFModel
 from finetune_trainer.model import named_weights
+from finetune_trainer.model_folder import read_json
 from finetune_trainer.parallel import Ranks
 from finetune_trainer.pieces import EMBEDDING, Layout, Piece, adapter_name
 from finetune_trainer.rules import Cut, match_names
@@ -94,7 +95,7 @@ def export_adapter(chunks: Chunks, family: Family, hf: HFModel, ranks: Ranks, fo
 def differing_weights(chunks: Chunks, family: Family, hf: HFModel, folder: Path, ranks: Ranks) -> list[str]:
     """Read an exported Hugging Face folder back: sorted names of this rank's parameters that are not bitwise there, and of tensors that nobody asked for."""
     layout = _layout(family, hf, ranks)
-    written = HFModel(folder, hf_files.read_json(folder / "config.json"), hf_files.read_entries(folder))
+    written = HFModel(folder, read_json(folder / "config.json"), hf_files.read_entries(folder))
     return _differing(_weight_pieces(chunks, named_weights(chunks), layout, hf), written, _written_names(layout, hf))
 
 

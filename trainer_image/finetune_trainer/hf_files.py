@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune_trainer.contract import ModelConfig, ModelError
-from finetune_trainer.model_folder import check_model_folder, find_local_folder
+from finetune_trainer.model_folder import find_model_folder, read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -45,9 +45,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 MANIFEST = "manifest.json"
 """Written last into an exported folder: ``{"version": 1, "files": {name: {"bytes", "sha256"}}}``."""
-
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_IGNORED = ("*/*.safetensors", "consolidated*")
 
 
 @dataclass(frozen=True)
@@ -145,8 +142,7 @@ def open_model(model: ModelConfig) -> HFModel:
 
     Raises ModelError for a missing folder or file, a truncated file, an index that names a missing file, pickles only.
     """
-    folder = find_folder(model)
-    check_model_folder(folder)
+    folder = find_model_folder(model)
     return HFModel(folder, read_json(folder / "config.json"), read_entries(folder))
 
 
@@ -159,38 +155,6 @@ def open_adapter(folder: Path) -> HFModel:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         raise ModelError(f"{folder}: there is no {weights.name}" + (f"; {', '.join(pickles)} is a pickle, which is never opened" if pickles else ""))
     return HFModel(folder, read_json(folder / "adapter_config.json"), read_header(weights))
-
-
-def find_folder(model: ModelConfig) -> Path:
-    """The local folder of ``model.source``; raises ModelError when there is none and the hub does not give it."""
-    source = model.source
-    folder = find_local_folder(source)
-    if folder is not None:
-        return folder
-    if "://" in source:
-        raise ModelError(f"model.source: {source.split('://')[0]}:// is not supported; give a folder or a hub id such as Qwen/Qwen2.5-7B-Instruct")
-    return _download(source, model.revision)
-
-
-def _download(source: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED)))
-    except Exception as error:  # among them those of the hub's HTTP library, which is another one from version to version
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.source: {source} is no folder here, and the Hugging Face hub did not give it: {cause}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ModelError when it is missing or is something else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object (found {type(value).__name__})")
-    return value
 
 
 def read_entries(folder: Path) -> dict[str, TensorEntry]:

@@ -43,7 +43,7 @@ PR_SET_PDEATHSIG = 1
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 """A run in float32 means float32: transformer-engine's float32 products take TF32 otherwise, whose 10 bits part from transformers' logits by 5e-4."""
 
-PROMPT = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+PROMPT = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0"}
 """A collective that times out ends its process at once: otherwise torch waits another minute for a dump that nobody has asked for."""
 
 UNCOMPILED = {"NVTE_TORCH_COMPILE": "0"}
@@ -300,6 +300,11 @@ def available_cores() -> int:
 def current_rank() -> int:
     """The rank of this process, which the launcher has set; 0 without one."""
     return _read_number(os.environ, "RANK", 0, least=0)
+
+
+def place_on_node() -> tuple[int, int]:
+    """The number of this process among those of its node, and how many they are, as the launcher has set them; 0 and 1 without one."""
+    return _read_number(os.environ, "LOCAL_RANK", 0, least=0), _read_number(os.environ, "LOCAL_WORLD_SIZE", 1, least=1)
 
 
 # The ranks' lives

@@ -8,8 +8,8 @@ Of all layouts (tensor x pipeline) that the model and the batch allow, the one w
 that fits in memory (``memory.py``) is chosen, tensor before pipeline; then no recomputation before full recomputation; then the
 largest micro batch (a power of two). A size that was written is kept. When nothing fits, the smallest is taken and a note says
 so: the estimate is not exact enough to refuse a run. A CPU's micro batch is at most ``CPU_MICRO_BATCH``. Where maxLength is
-silent, it is the model's longest (as in Megatron-SWIFT: no row that the model can read is dropped), but memory is estimated
-with rows of ``ASSUMED_ROW_TOKENS``.
+silent, it is the model's longest (as in Megatron-SWIFT: no row that the model can read is dropped). Memory is estimated with the
+longest row there is; before rows are read, with rows of maxLength, or of ``ASSUMED_ROW_TOKENS`` where that is silent.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = [
     "layout_problem",
     "read_facts",
     "resolve",
+    "row_limit",
     "stage_layers",
     "total_steps",
 ]
@@ -48,12 +49,13 @@ TARGET_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "line
 
 @dataclass(frozen=True)
 class Resolution:
-    """A whole RunConfig, what of it was chosen (by dotted API name), sentences to say once, and GiB per process."""
+    """A whole RunConfig, what of it was chosen (by dotted API name), sentences to say once, GiB per process and the tokens of a row that they were estimated with."""
 
     config: RunConfig
     chosen: dict[str, Any]
     notes: tuple[str, ...]
     memory_gib: float
+    row_tokens: int
 
 
 def total_steps(config: RunConfig, num_rows: int) -> int:
@@ -63,23 +65,32 @@ def total_steps(config: RunConfig, num_rows: int) -> int:
     return max(1, num_rows * (config.training.num_train_epochs or 1) // config.training.global_batch_size)
 
 
-def resolve(config: RunConfig, facts: ModelFacts, machine: Machine) -> Resolution:
-    """Fill every value that ``config`` leaves to the engine; raises ConfigurationError for what cannot work."""
+def row_limit(config: RunConfig, facts: ModelFacts) -> int:
+    """The most tokens that a row may have: ``data.maxLength``, or where that is silent what the model can read."""
+    return config.data.max_length or facts.max_position_embeddings
+
+
+def resolve(config: RunConfig, facts: ModelFacts, machine: Machine, row_tokens: int | None = None) -> Resolution:
+    """Fill every value that ``config`` leaves to the engine; raises ConfigurationError for what cannot work.
+
+    ``row_tokens`` are those of the longest row, None before rows are read. What is refused, and every value that is not chosen by memory, is the same with it and without.
+    """
     notes = _inert_notes(config)
     _refuse_unbuilt(config.parallelism)
     filled = _fill_tuning(_fill_training(_fill_data(config, facts, machine)))
     _check_options(filled)
     filled = _drop_without_effect(filled, machine, notes)
-    assumed = _assumed_row_tokens(config, facts)
-    resolved, memory = _choose_layout(filled, facts, machine, assumed)
+    tokens = _assumed_row_tokens(config, facts) if row_tokens is None else row_tokens
+    resolved, memory = _choose_layout(filled, facts, machine, tokens)
     if not _fits(memory, machine):
-        notes.append(f"about {memory:.1f} GiB a process are needed and {machine.memory_gib:.1f} GiB are there: the run may end as OutOfMemory")
+        longest = f"rows of {tokens} tokens, as is assumed until they are read," if row_tokens is None else f"rows of at most {tokens} tokens"
+        notes.append(f"about {memory:.1f} GiB a process are needed with {longest} and {machine.memory_gib:.1f} GiB are there: the run may end as OutOfMemory")
     if resolved.parallelism.sequence_parallel and resolved.parallelism.tensor_model_parallel_size == 1:
         resolved = _with(resolved, "parallelism", sequence_parallel=False)
         notes.append("parallelism.sequenceParallel has no effect: tensorModelParallelSize is 1")
     if config.training.train_iters is not None and config.training.num_train_epochs is not None:
         notes.append("training.trainIters has no effect: numTrainEpochs takes precedence")
-    return Resolution(resolved, _chosen(config, resolved), tuple(notes), round(memory, 2))
+    return Resolution(resolved, _chosen(config, resolved), tuple(notes), round(memory, 2), tokens)
 
 
 # Values that need no search
@@ -97,7 +108,7 @@ def _fill(config: RunConfig, section: str, **values: Any) -> RunConfig:
 
 def _fill_data(config: RunConfig, facts: ModelFacts, machine: Machine) -> RunConfig:
     filled = _fill(config, "model", torch_dtype="float32" if machine.device == "cpu" else facts.torch_dtype)
-    return _fill(filled, "data", max_length=facts.max_position_embeddings)
+    return _fill(filled, "data", max_length=row_limit(config, facts))
 
 
 def _fill_tuning(config: RunConfig) -> RunConfig:

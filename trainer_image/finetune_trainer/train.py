@@ -186,7 +186,7 @@ def fit(
     """
     training = config.training
     reading = order(len(rows.rows), training.seed, config.data.train_dataloader_shuffle)
-    lengths = [len(row) for row in rows.rows]
+    lengths = rows.lengths
     trainer.scheduler.step(beginning.step * training.global_batch_size)
     report.begin(beginning)
     set_training(trainer, True)

@@ -169,6 +169,23 @@ def test_a_folder_that_cannot_be_written_is_found_before_torch_is_imported(tmp_p
     assert " torch\n" not in result.stderr
 
 
+def test_a_rank_has_one_thread_until_its_rows_are_read_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(make_config(str(tmp_path / "out")).dump())
+    code = f"""
+import os, sys
+from finetune_trainer import __main__ as program, reading
+def start(*given):
+    print(len(os.listdir("/proc/self/task")), [name for name in ("numpy", "torch") if name in sys.modules], flush=True)
+    os._exit(0)
+reading.start = start
+program.main([{str(tmp_path / "run.json")!r}])
+"""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "4"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert (result.stdout, result.stderr) == ("1 []\n", "")
+
+
 def test_a_model_is_another_when_its_configuration_or_a_tensor_is() -> None:
     import torch
 

@@ -9,7 +9,18 @@ import pytest
 
 from finetune_trainer.contract import ConfigurationError, ModelError, RunConfig
 from finetune_trainer.memory import OVERHEAD_GIB
-from finetune_trainer.resolve import Machine, Resolution, data_parallel_size, describe_shortage, estimate_memory, read_facts, resolve, stage_layers, total_steps
+from finetune_trainer.resolve import (
+    Machine,
+    Resolution,
+    data_parallel_size,
+    describe_shortage,
+    estimate_memory,
+    read_facts,
+    resolve,
+    row_limit,
+    stage_layers,
+    total_steps,
+)
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -157,6 +168,35 @@ def test_recomputation_comes_before_another_layout() -> None:
     assert (parts.parallelism.tensor_model_parallel_size, parts.training.recompute_granularity, parts.training.recompute_method) == (1, "full", "uniform")
 
 
+def test_rows_that_are_known_are_not_taken_for_longer_ones() -> None:
+    machine, config, facts = Machine("cuda", 1, 80.0), make_config(data={"max_length": 2048}, training={"micro_batch_size": 16}), read_facts(QWEN25_7B)
+    assumed, found = resolve(config, facts, machine), resolve(config, facts, machine, 398)
+    assert (assumed.row_tokens, assumed.config.training.recompute_granularity) == (2048, "full")
+    assert (found.row_tokens, found.config.training.recompute_granularity) == (398, "none")
+    assert found.memory_gib == pytest.approx(estimate_memory(found.config, facts, machine, 398), abs=0.01)
+    assert found.config.data.max_length == 2048
+
+
+def test_rows_that_are_longer_than_assumed_are_reckoned_with() -> None:
+    machine, facts = Machine("cuda", 1, 80.0), read_facts(QWEN25_7B)
+    assumed, found = resolve(make_config(), facts, machine), resolve(make_config(), facts, machine, 30000)
+    assert (assumed.row_tokens, assumed.config.training.recompute_granularity) == (2048, "none")
+    assert found.config.training.recompute_granularity == "full"
+
+
+@pytest.mark.parametrize("row_tokens", [None, 100, 30000])
+def test_what_was_written_is_kept_however_long_rows_are(row_tokens: int | None) -> None:
+    written = {"micro_batch_size": 2, "recompute_granularity": "full"}
+    config = resolve(make_config(training=written, parallelism=ONE_BY_ONE), read_facts(QWEN25_7B), Machine("cuda", 2, 80.0), row_tokens).config
+    assert (config.training.micro_batch_size, config.training.recompute_granularity) == (2, "full")
+    assert (config.parallelism.tensor_model_parallel_size, config.parallelism.pipeline_model_parallel_size) == (1, 1)
+
+
+def test_the_limit_of_a_row_is_the_models_where_none_is_written() -> None:
+    facts = read_facts(SMOLLM2)
+    assert (row_limit(make_config(), facts), row_limit(make_config(data={"max_length": 300}), facts)) == (8192, 300)
+
+
 def test_pipeline_is_chosen_where_the_heads_forbid_tensor() -> None:
     layout = run(Machine("cuda", 2, 2.8), training={"micro_batch_size": 1}).config.parallelism
     assert (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size) == (1, 2)
@@ -169,7 +209,10 @@ def test_a_batch_that_the_copies_cannot_share_leads_to_another_layout() -> None:
 
 def test_nothing_fits_is_a_note_not_a_refusal() -> None:
     resolution = run(Machine("cuda", 1, 4.0), QWEN25_7B)
-    assert any("4.0 GiB are there: the run may end as OutOfMemory" in note for note in resolution.notes)
+    note = r"about \d+\.\d GiB a process are needed with rows of 2048 tokens, as is assumed until they are read, and 4\.0 GiB are there: the run may end as OutOfMemory"
+    assert [re.fullmatch(note, each) is not None for each in resolution.notes] == [True]
+    found = resolve(make_config(), read_facts(QWEN25_7B), Machine("cuda", 1, 4.0), 398)
+    assert "are needed with rows of at most 398 tokens and 4.0 GiB are there" in found.notes[0]
     assert resolution.config.training.micro_batch_size == 1
     assert resolution.config.training.recompute_granularity == "full"
 

@@ -43,6 +43,11 @@ class Rows:
     counts: dict[str, int]
 
     @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of every row."""
+        return [len(row) for row in self.rows]
+
+    @cached_property
     def digest(self) -> str:
         """Hash of every token, label and boundary, 16 hexadecimal digits: equal in two processes that will train on the same."""
         content = hashlib.sha256()
