@@ -95,7 +95,7 @@ def main() -> None:
     session = Session(options.works, stand, machine, options.results, options.record)
     for job in plan_jobs(options.works):
         for side in options.sides:
-            for layout in job.layouts(side):
+            for layout in wanted(job.layouts(side), options):
                 session.measure(adapt(job, options), side, choose(layout, options))
         session.write_rows()
         session.write_record()
@@ -110,6 +110,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--record", type=Path, help="write everything that was measured to this JSON file")
     parser.add_argument("--sides", default="ours,peer", help="measure these only")
     parser.add_argument("--ours-layout", default="", help="flags for our engine in the best works, in place of its own choice")
+    parser.add_argument(
+        "--peer-layout", default="", help="the name of the only layout of the peer's to measure in the best works, where the others were just measured"
+    )
     parser.add_argument("--peer-attention", default="auto", help="the peer's --attention_backend in the best works")
     parser.add_argument("--tiny", action="store_true", help="try the harness: our side on the CPU, with a tiny model, figures of no worth")
     options = parser.parse_args()
@@ -126,6 +129,11 @@ def read_options() -> argparse.Namespace:
 def adapt(job: Job, options: argparse.Namespace) -> Job:
     """Fewer steps where only the harness is tried."""
     return replace(job, steps=min(job.steps, 4), warm_up=min(job.warm_up, 1)) if options.tiny else job
+
+
+def wanted(layouts: Sequence[Layout], options: argparse.Namespace) -> list[Layout]:
+    """All of them, or of the peer's in the best works the one that the command line names."""
+    return [layout for layout in layouts if layout not in PEER_LAYOUTS or options.peer_layout in ("", layout.name)]
 
 
 def choose(layout: Layout, options: argparse.Namespace) -> Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -48,46 +49,113 @@ print(json.dumps({
 }))
 """
 
+INTERPRETED_DROPOUT = """
+import json, torch
+from finetune_trainer import low_rank_kernels as kernels
+
+torch.manual_seed(0)
+DTYPE = getattr(torch, "{dtype}")
+TOKENS, COLUMNS, RANK, DROPOUT, SCALE = {tokens}, 300, {rank}, 0.3, 2.0
+hidden, factor, of_low, target = (torch.randn(*shape).to(DTYPE) for shape in ((TOKENS, COLUMNS), (RANK, COLUMNS), (TOKENS, RANK), (TOKENS, COLUMNS)))
+threshold = kernels.threshold(DROPOUT)
+low, packed = kernels.lower(hidden, factor, threshold, SCALE)
+_, others = kernels.lower(hidden, factor, threshold, SCALE)
+kept = (packed.view(TOKENS, -1, 1, kernels.GROUP).int() >> torch.arange(8).view(8, 1)) & 1
+kept = kept.reshape(TOKENS, -1)[:, :COLUMNS]
+dropped, change = hidden.double() * kept, (of_low.double() @ factor.double()) * kept
+added, written = target.clone(), target.clone()
+raised = target.clone()
+kernels.add_product(added, of_low, factor, packed)
+kernels.add_product(written, of_low, factor, packed, onto=False)
+kernels.add_product(raised, of_low, factor.t().contiguous().t())
+empty = kernels.lower(hidden[:0], factor, threshold, SCALE)[0].shape[0]
+
+
+def difference(found, expected):
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+print(json.dumps({
+    "errors": {
+        "low": difference(low, SCALE * dropped @ factor.double().t()),
+        "factor": difference(kernels.find_factor_gradient(hidden, packed, of_low), of_low.double().t() @ dropped),
+        "added": difference(added, target.double() + change),
+        "written": difference(written, change),
+        "raised": difference(raised, target.double() + of_low.double() @ factor.double()),
+    },
+    "share kept": kept.double().mean().item(),
+    "spread of columns": kept.double().mean(dim=0).std().item(),
+    "spread of rows": kept.double().mean(dim=1).std().item(),
+    "neighbours alike": (kept[:, 1:] == kept[:, :-1]).double().mean().item(),
+    "again alike": (packed == others).double().mean().item(),
+    "threshold": threshold,
+    "empty": empty,
+}))
+"""
+
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from finetune_trainer import kernels
+from finetune_trainer import low_rank_kernels, kernels
 
 POINTERS = dict.fromkeys(("logits", "gate_up", "output", "gradient"), "*bf16") | dict.fromkeys(("sums", "targets", "factor"), "*fp32") | {"labels": "*i64"}
+POINTERS |= dict.fromkeys(("hidden", "factor", "low", "target", "of_low", "left", "right"), "*bf16") | {"kept": "*u8", "seed": "i64", "scale": "fp32"}
+SIZES = {"GROUP": low_rank_kernels.GROUP, "RANK": 16}
 for kernel, constants in (
     (kernels._softmax_statistics, {"BLOCK": 4096}),
     (kernels._softmax_gradient, {"BLOCK": 4096, "SCALED": True}),
     (kernels._swiglu, {"BLOCK": 2048}),
     (kernels._swiglu_gradient, {"BLOCK": 2048}),
+    (low_rank_kernels._lower, SIZES | {"ROWS": 32, "ROUNDS": 7}),
+    (low_rank_kernels._find_factor_gradient, SIZES | {"ROWS": 64}),
+    (low_rank_kernels._add_product, SIZES | {"ROWS": 64, "ONTO": True, "DROPPED": True}),
 ):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
+    if kernel is kernels._softmax_gradient:
+        signature["factor"] = "*fp32"
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.WARPS}).asm["ptx"]))
 """
 
 
+def interpret(program: str, **values: object) -> dict[str, Any]:
+    """What a program prints under Triton's interpreter; in a process of its own, because Triton decides when it is imported."""
+    for name, value in values.items():
+        program = program.replace(f"{{{name}}}", str(value))
+    done = subprocess.run([sys.executable, "-c", program], env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2**-8), ("float16", 2**-11)])
 def test_kernels_compute_what_torch_does(dtype: str, tolerance: float) -> None:
     """One rounding to the type of the tensors is all that they may be off."""
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED.replace("{dtype}", dtype)],
-        env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = interpret(INTERPRETED, dtype=dtype)
     assert found.pop("empty") == 0
     assert found.pop("padding") == 0.0
     assert {name: error for name, error in found.items() if error > tolerance} == {}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "tokens", "rank"), [("float32", 2e-6, 130, 8), ("float32", 2e-6, 50, 20), ("float16", 2**-10, 130, 8)])
+def test_kernels_with_dropout_compute_what_torch_does(dtype: str, tolerance: float, tokens: int, rank: int) -> None:
+    """bfloat16: tests/gpu, since the interpreter's products of it are wrong."""
+    found = interpret(INTERPRETED_DROPOUT, dtype=dtype, tokens=tokens, rank=rank)
+    assert {name: error for name, error in found["errors"].items() if error > tolerance} == {}
+    assert found["empty"] == 0
+    assert found["threshold"] == pytest.approx(0.3 * 2**16, abs=0.5)
+    deviation = (0.3 * 0.7) ** 0.5
+    assert found["share kept"] == pytest.approx(0.7, abs=5 * deviation / (300 * tokens) ** 0.5)
+    assert found["spread of columns"] == pytest.approx(deviation / tokens**0.5, rel=0.25)
+    assert found["spread of rows"] == pytest.approx(deviation / 300**0.5, rel=0.35)
+    assert found["neighbours alike"] == pytest.approx(0.7**2 + 0.3**2, abs=0.03)
+    assert found["again alike"] < 0.1
 
 
 def test_kernels_compile_for_a_hopper_gpu(tmp_path: object) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILED], env={"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = [int(line) for line in done.stdout.split()]
-    assert len(sizes) == 4
+    assert len(sizes) == 7
     assert min(sizes) > 1000

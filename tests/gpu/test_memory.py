@@ -71,7 +71,7 @@ def test_a_frozen_layer_saves_no_input(gpu1: Gang, tmp_path: Path, note: Note) -
     dropped = saved_by_a_layer(**lora | {"loraDropout": 0.05}, targetModules=["all-linear"])
     query, key_value = 4 * 128, 2 * 128
     formula = 4 * HIDDEN + 2 * (query + key_value) + 3 * FFN
-    formula_dropped = formula + 0.5 * (2 * HIDDEN + query + FFN) + query
+    formula_dropped = formula + (2 * HIDDEN + query + FFN) / 16  # a bit each
     figures = {"all-linear": every, "linear_qkv": only_qkv, "full": full, "formula": formula, "dropout": dropped, "formula, dropout": formula_dropped}
     note(saved_numbers_per_token_and_layer=figures)
     assert every - only_qkv > 0.9 * (HIDDEN + FFN), "the input of linear_fc1 is behind its norm, that of linear_fc2 is the activation: adapters alone need them"

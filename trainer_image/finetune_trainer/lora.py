@@ -20,6 +20,7 @@ import torch
 
 from finetune_trainer import megatron_cpu
 from finetune_trainer.contract import TuningConfig
+from finetune_trainer.low_rank import Lower, Raise
 from finetune_trainer.model import canonical_name, unwrap
 
 megatron_cpu.install()
@@ -35,7 +36,10 @@ TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 class Factor(torch.nn.Module):
-    """One of the two matrices of an adapter: ``weight`` [out, in], this rank's share."""
+    """One of the two matrices of an adapter: ``weight`` [out, in], this rank's share.
+
+    Its product is a call of the module, not a use of its weight: overlapParamGather gathers the weight in the hook of the call.
+    """
 
     weight: torch.nn.Parameter
 
@@ -47,14 +51,23 @@ class Factor(torch.nn.Module):
             tensor_parallel.set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=cut, stride=1)
         self.weight.sequence_parallel = summed  # type: ignore[attr-defined]
 
-    def forward(self, hidden: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        """The product with hidden [..., in], added to ``onto`` [..., out] where it is given.
 
-        A call of this module, not a use of its weight: overlapParamGather gathers the weight in the hook of the call.
-        """
-        if onto is None:
-            return torch.nn.functional.linear(hidden, self.weight)
-        return torch.addmm(onto.flatten(0, -2), hidden.flatten(0, -2), self.weight.t()).view(onto.shape)
+class FactorA(Factor):
+    """Into the low rank."""
+
+    def forward(self, hidden: torch.Tensor, dropout: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden [..., in] as it is, with which to go on, and ``scale * A(dropout(hidden))`` [..., rank]."""
+        outputs: tuple[torch.Tensor, torch.Tensor] = Lower.apply(hidden, self.weight, dropout, scale)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+class FactorB(Factor):
+    """Out of it."""
+
+    def forward(self, low: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The base's output [..., out], which is overwritten, plus ``B(low)``."""
+        raised: torch.Tensor = Raise.apply(output, low, self.weight)  # type: ignore[no-untyped-call]
+        return raised
 
 
 class LoraLinear(torch.nn.Module):
@@ -80,44 +93,41 @@ class LoraLinear(torch.nn.Module):
         self.ask_for_normed(True)
         is_column = self.parallel_mode == "column"
         lora_a, lora_b = _initial_factors(linear.weight, tuning.lora_rank, self.parallel_mode, seed, name)
-        self.lora_A = Factor(lora_a, cut=None if is_column else 1, summed=is_column and self.sequence_parallel)
-        self.lora_B = Factor(lora_b, cut=0 if is_column else None, summed=not is_column and self.sequence_parallel)
+        self.lora_A = FactorA(lora_a, cut=None if is_column else 1, summed=is_column and self.sequence_parallel)
+        self.lora_B = FactorB(lora_b, cut=0 if is_column else None, summed=not is_column and self.sequence_parallel)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden [sequence, batch, in] -> output [sequence, batch, out] and the bias that the caller adds, shares as the base's."""
-        output, bias, hidden = self._forward_base(hidden)
-        low = self._communicate(self.lora_A(self._drop_out(hidden)) * self.scale)  # [sequence, batch, rank]
-        return self.lora_B(low, onto=output), bias
+        if self.begins_with_norm:
+            (output, normed), bias = _split(self.base(hidden))
+            _, low = self._lower(normed)
+        else:
+            hidden, low = self._lower(hidden)
+            output, bias = self.base(hidden)
+        return self.lora_B(self._communicate(low), output), bias
 
     def ask_for_normed(self, wanted: bool) -> None:
         """Have the base return, beside its output, what its matrix product saw: transformer-engine's layer may begin with the norm, and A must see the same."""
         linear: Any = self.base
-        if hasattr(linear, "return_layernorm_output"):
+        if self.begins_with_norm:
             linear.return_layernorm_output = wanted
             linear.return_layernorm_output_gathered = False
 
-    def _forward_base(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Output, bias to add and what the base's matrix product saw: the input, behind the norm where the layer begins with one."""
-        result = self.base(hidden)
-        if not hasattr(self.base, "return_layernorm_output"):
-            return result[0], result[1], hidden
-        if len(result) == 3:
-            output, bias, normed = result
-        else:
-            (output, normed), bias = result
-        return output, bias, normed
+    @property
+    def begins_with_norm(self) -> bool:
+        """Whether the base holds a norm of its own input."""
+        return hasattr(self.base, "return_layernorm_output")
 
-    def _drop_out(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Dropout that is alike on ranks that hold the same input, and differs between ranks that hold parts of it.
+    def _lower(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``scale * A(dropout(hidden))`` [sequence, batch, rank] behind hidden itself.
 
-        With sequence parallelism the whole forward pass already draws from the random state of this rank.
+        Dropout is alike on ranks that hold the same input, and differs between ranks that hold parts of it: with sequence parallelism the whole forward pass already draws from the random state of this rank.
         """
-        if self.dropout == 0 or not self.training:
-            return hidden
-        if self.parallel_mode == "row" and self.tp_size > 1 and not self.sequence_parallel:
+        dropout = self.dropout if self.training else 0.0
+        if dropout > 0 and self.parallel_mode == "row" and self.tp_size > 1 and not self.sequence_parallel:
             with tensor_parallel.get_cuda_rng_tracker().fork():
-                return torch.nn.functional.dropout(hidden, self.dropout)
-        return torch.nn.functional.dropout(hidden, self.dropout)
+                return self.lora_A(hidden, dropout, self.scale)  # type: ignore[no-any-return]
+        return self.lora_A(hidden, dropout, self.scale)  # type: ignore[no-any-return]
 
     def _communicate(self, low: torch.Tensor) -> torch.Tensor:
         if self.tp_size == 1:
@@ -151,6 +161,14 @@ class LoraLinear(torch.nn.Module):
 def _tensor(value: Any) -> torch.Tensor:
     assert isinstance(value, torch.Tensor)
     return value
+
+
+def _split(result: tuple[Any, ...]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+    """Output and normed input, and the bias to add, of a layer of transformer-engine's, which has two ways to put them."""
+    if len(result) == 3:
+        output, bias, normed = result
+        return (output, normed), bias
+    return result
 
 
 def _parallel_mode(base: torch.nn.Module) -> Literal["column", "row"]:

@@ -20,9 +20,8 @@ What a GPU holds outside of the allocator (CUDA itself, NCCL's buffers, fragment
 
 A layer keeps, per token: ``4 h`` (its input, both norms' outputs, the sum between); of attention, over ``t``, on a GPU ``2 n_q + 2 n_kv`` (queries,
 keys, values, the result), on a CPU ``6 n_q + n_kv`` (each head has its own copy of keys and values there, and results are put together again); of
-the MLP, over ``t``, ``3 f`` (gate and up projection, the activation). LoRA's dropout keeps a mask for each linear layer's input, of one byte on a GPU
-and of a whole number on a CPU; on a GPU, which needs attention's result itself too, also what dropout makes of that. Sequence parallelism cuts the
-``h`` terms by ``t`` too. Full recomputation keeps ``h`` per group of layers; selective leaves out what its modules recompute. ``tokens`` is micro batch x
+the MLP, over ``t``, ``3 f`` (gate and up projection, the activation). LoRA's dropout keeps for each number of a linear layer's input whether it was dropped, one bit on a GPU
+and a byte on a CPU. Sequence parallelism cuts the ``h`` terms by ``t`` too. Full recomputation keeps ``h`` per group of layers; selective leaves out what its modules recompute. ``tokens`` is micro batch x
 tokens of a row, all of them labelled.
 
 Measured once on a CPU (SmolLM2-135M, float32, one process, LoRA, rows of 464 tokens), in GiB, with the estimate in brackets: micro batch 8: 10.2 (9.3), micro
@@ -138,7 +137,7 @@ def _stage_bytes(config: RunConfig, facts: ModelFacts, machine: Machine, row_tok
     weights = width * (base + trained) if lora else width * base
     micro_batches = config.training.global_batch_size // (data_parallel_size(config, machine.world_size) * (config.training.micro_batch_size or 1))
     in_flight = max(1, min(len(shares) - stage, micro_batches))
-    kept, working = _activations(config, facts, machine.device, layers)
+    kept, working = _activations(config, facts, machine.device, width, layers)
     at_work = max(width * tokens * working, _output_bytes(config, facts, machine.device, width, tokens) if last else 0)
     return weights + trained * _state_bytes(config, width, machine.world_size) + width * tokens * kept * in_flight + at_work
 
@@ -186,17 +185,16 @@ def _state_bytes(config: RunConfig, width: int, world_size: int) -> float:
     return 4 + (moments + (4 if width == 2 else 0)) / sharers
 
 
-def _activations(config: RunConfig, facts: ModelFacts, device: Device, layers: int) -> tuple[float, float]:
+def _activations(config: RunConfig, facts: ModelFacts, device: Device, width: int, layers: int) -> tuple[float, float]:
     """Numbers per token: what the layers of a stage keep for the backward pass, and what one of them has at work in it."""
     training, tensor = config.training, config.parallelism.tensor_model_parallel_size or 1
     hidden = facts.hidden_size / (tensor if config.parallelism.sequence_parallel else 1)
     query, key_value = facts.num_attention_heads * facts.head_dim / tensor, facts.num_query_groups * facts.head_dim / tensor
     mlp = 3 * facts.ffn_hidden_size / tensor
-    attention, mask, copied = (6 * query + key_value, 1.0, 0.0) if device == "cpu" else (2 * query + 2 * key_value, 0.5, query)
-    dropped = 0.0
-    if config.tuning.tuner_type == "lora" and config.tuning.lora_dropout:
-        dropped = mask * (2 * hidden + query + facts.ffn_hidden_size / tensor) + copied
-    layer = 4 * hidden + attention + mlp + dropped
+    attention, mask_bytes = (6 * query + key_value, 1.0) if device == "cpu" else (2 * query + 2 * key_value, 1 / 8)
+    drops_out = config.tuning.tuner_type == "lora" and bool(config.tuning.lora_dropout)
+    masks = mask_bytes / width * (2 * hidden + query + facts.ffn_hidden_size / tensor) if drops_out else 0.0
+    layer = 4 * hidden + attention + mlp + masks
     if training.recompute_granularity == "full":
         group = training.recompute_num_layers or 1
         if training.recompute_method == "block":

@@ -1,0 +1,78 @@
+"""The products of an adapter have the gradients that autograd finds for the formula, and leave nothing large behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finetune_trainer.low_rank import Lower, Raise
+
+SCALE = 3.0
+
+
+def made(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def adapted(hidden: torch.Tensor, base: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, dropout: float, *, after: bool) -> torch.Tensor:
+    """As LoraLinear puts them together; ``after`` says that A stands beside what the base has made of hidden, as where a layer begins with its norm."""
+    if after:
+        _, low = Lower.apply(hidden, lora_a, dropout, SCALE)
+        return Raise.apply(torch.nn.functional.linear(hidden, base), low, lora_b)
+    hidden, low = Lower.apply(hidden, lora_a, dropout, SCALE)
+    return Raise.apply(torch.nn.functional.linear(hidden, base), low, lora_b)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_values_and_gradients_are_those_of_the_formula(dropout: float, after: bool) -> None:
+    hidden, base, lora_a, lora_b, above = made(5, 2, 7), made(6, 7), made(3, 7), made(6, 3), made(5, 2, 6)
+    ours = [tensor.clone().requires_grad_() for tensor in (hidden, lora_a, lora_b)]
+    torch.manual_seed(1)
+    output = adapted(ours[0], base, ours[1], ours[2], dropout, after=after)
+    output.backward(above)
+    theirs = [tensor.clone().requires_grad_() for tensor in (hidden, lora_a, lora_b)]
+    torch.manual_seed(1)
+    kept = torch.empty(10, 7, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else torch.ones(10, 7)
+    dropped = theirs[0] * kept.view(5, 2, 7) / (1 - dropout)
+    expected = theirs[0] @ base.t() + SCALE * (dropped @ theirs[1].t()) @ theirs[2].t()
+    expected.backward(above)
+    assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12)
+    assert not dropout or 0 < kept.sum() < kept.numel()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_input_gets_no_gradient_and_the_factors_theirs() -> None:
+    hidden, base, lora_a, lora_b = made(4, 7), made(6, 7), made(3, 7).requires_grad_(), made(6, 3).requires_grad_()
+    adapted(hidden, base, lora_a, lora_b, 0.0, after=False).sum().backward()
+    assert hidden.grad is None
+    assert lora_a.grad.norm() > 0
+    assert lora_b.grad.norm() > 0
+
+
+def test_the_base_s_output_is_overwritten_and_hidden_is_not_copied() -> None:
+    hidden, output = made(4, 7), made(4, 6)
+    before = output.clone()
+    through, low = Lower.apply(hidden, made(3, 7), 0.0, SCALE)
+    raised = Raise.apply(output, low, made(6, 3))
+    assert through.data_ptr() == hidden.data_ptr()
+    assert raised.data_ptr() == output.data_ptr()
+    assert not torch.equal(raised, before)
+
+
+def test_what_is_kept_for_the_gradient_is_the_input_itself_and_a_byte_for_each_number() -> None:
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hidden = made(4, 7)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Lower.apply(hidden.requires_grad_(), made(3, 7).requires_grad_(), 0.5, SCALE)
+    assert sorted((tensor.numel() * tensor.itemsize, tensor.data_ptr() == hidden.data_ptr()) for tensor in kept) == [
+        (28, False),
+        (168, False),
+        (224, True),
+    ]

@@ -1,0 +1,183 @@
+"""Triton kernels for the products of an adapter. With dropout, what is dropped is never written, only a bit for each number that says whether it was kept.
+
+A program works on blocks of 8 x GROUP columns; bit ``j`` of byte ``i`` of a block says whether its column ``j * GROUP + i`` was kept. Random numbers are Philox-4x32 with seven rounds (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", 2011), 16 bits for a number, its key and place taken from torch's generator of the GPU, so that a recomputed forward pass draws the same. ``low_rank.py`` has the same in torch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GROUP = 16
+BLOCK = 8 * GROUP
+ROUNDS = 7
+LEVELS = 2**16
+FEW_TOKENS = 4096
+"""Up to here a program that reads whole rows takes few of them, so that there is one for every multiprocessor."""
+FEW_ROWS, ROWS, GRADIENT_ROWS = 16, 32, 64
+"""Rows of hidden that a program works on at a time."""
+PROGRAMS = 1024
+"""As many as keep a GPU busy."""
+WARPS, GRADIENT_WARPS = 4, 4
+
+
+def threshold(dropout: float) -> int:
+    """A number is dropped where its 16 random bits are below this."""
+    return round(dropout * LEVELS)
+
+
+def share_kept(threshold: int) -> float:
+    """The probability with which a number is kept."""
+    return 1 - threshold / LEVELS
+
+
+def lower(hidden: Tensor, factor: Tensor, threshold: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Hidden [tokens, in], A [rank, in] -> ``scale * dropped A^T`` [tokens, rank], and which numbers of hidden were kept: uint8 [tokens, bytes].
+
+    Only zeroed, not scaled up: ``scale`` is to hold 1 / ``share_kept``.
+    """
+    hidden, factor = hidden.contiguous(), factor.contiguous()
+    (tokens, columns), rank = hidden.shape, factor.shape[0]
+    low = torch.empty(tokens, rank, dtype=hidden.dtype, device=hidden.device)
+    kept = torch.empty(tokens, triton.cdiv(columns, BLOCK) * GROUP, dtype=torch.uint8, device=hidden.device)
+    if tokens:
+        rows = FEW_ROWS if tokens <= FEW_TOKENS else ROWS
+        seed, place = _draw(hidden.device)
+        arguments = (hidden, factor, low, kept, tokens, columns, rank, seed, place, threshold, scale)
+        _lower[(triton.cdiv(tokens, rows),)](*arguments, ROWS=rows, GROUP=GROUP, RANK=_padded(rank), ROUNDS=ROUNDS, num_warps=WARPS)
+    return low, kept
+
+
+def find_factor_gradient(hidden: Tensor, kept: Tensor, of_low: Tensor) -> Tensor:
+    """The gradient [rank, in] of A: ``of_low^T dropped``; of_low [tokens, rank]. Always the same sums in the same order."""
+    hidden, of_low = hidden.contiguous(), of_low.contiguous()
+    (tokens, columns), rank = hidden.shape, of_low.shape[1]
+    blocks, rows = triton.cdiv(columns, BLOCK), GRADIENT_ROWS
+    parts = max(1, min(triton.cdiv(tokens, 4 * rows), triton.cdiv(PROGRAMS, blocks)))
+    share = triton.cdiv(triton.cdiv(tokens, parts), rows) * rows
+    sums = torch.empty(parts, rank, columns, dtype=torch.float32, device=hidden.device)
+    arguments = (hidden, kept, of_low, sums, tokens, columns, rank, share)
+    _find_factor_gradient[(blocks, parts)](*arguments, ROWS=rows, GROUP=GROUP, RANK=_padded(rank), num_warps=GRADIENT_WARPS)
+    return sums.sum(dim=0).to(hidden.dtype)
+
+
+def add_product(target: Tensor, left: Tensor, right: Tensor, kept: Tensor | None = None, *, onto: bool = True) -> None:
+    """Add ``left right`` to target [tokens, columns], where kept; or write it over what is there, with zeros where dropped. left [tokens, rank], right [rank, columns]."""
+    assert target.is_contiguous(), f"rows of {target.shape[1]} numbers lie {target.stride()} apart"
+    left = left.contiguous()
+    (tokens, columns), rank = target.shape, left.shape[1]
+    if tokens:
+        grid = (triton.cdiv(tokens, GRADIENT_ROWS), triton.cdiv(columns, BLOCK))
+        arguments = (target, left, right, left if kept is None else kept, tokens, columns, rank, *right.stride())
+        sizes = {"ROWS": GRADIENT_ROWS, "GROUP": GROUP, "RANK": _padded(rank)}
+        _add_product[grid](*arguments, ONTO=onto, DROPPED=kept is not None, **sizes, num_warps=GRADIENT_WARPS)
+
+
+def _draw(device: torch.device) -> tuple[int, int]:
+    """Key and place of the random numbers of one call; torch's generator goes on behind them."""
+    if device.type == "cpu":  # Triton's interpreter
+        return int(torch.randint(2**31, ())), 0
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    place = generator.get_offset()
+    generator.set_offset(place + 4)
+    return generator.initial_seed(), place
+
+
+def _padded(rank: int) -> int:
+    """The smallest size of a matrix product."""
+    return max(16, int(triton.next_power_of_2(rank)))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _unpack(bits, ROWS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bytes [rows, group] -> whether each column [rows, 8 x group] was kept."""
+    places = tl.arange(0, 8)
+    return tl.reshape((bits[:, None, :] >> places[None, :, None]) & 1, (ROWS, 8 * GROUP)) != 0
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _kept_bits(random, threshold, PLACE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two bits from 32 random ones, at PLACE and above it."""
+    low = ((random & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
+    high = ((random >> 16).to(tl.int32) >= threshold).to(tl.int32)
+    return (low << PLACE) | (high << (PLACE + 1))
+
+
+@triton.jit(do_not_specialize=["tokens", "seed", "place", "threshold"])  # type: ignore[untyped-decorator]
+def _lower(  # type: ignore[no-untyped-def]
+    hidden, factor, low, kept, tokens, columns, rank, seed, place, threshold, scale,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row = rows < tokens
+    ranks = tl.arange(0, RANK)
+    blocks = tl.cdiv(columns, 8 * GROUP)
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for block in range(blocks):
+        column = block * 8 * GROUP + tl.arange(0, 8 * GROUP)
+        byte = block * GROUP + tl.arange(0, GROUP)
+        values = tl.load(hidden + rows[:, None] * columns + column[None, :], mask=is_row[:, None] & (column < columns)[None, :], other=0.0)
+        weights = tl.load(factor + ranks[None, :] * columns + column[:, None], mask=(ranks < rank)[None, :] & (column < columns)[:, None], other=0.0)
+        numbers = tl.zeros((ROWS, GROUP), tl.uint32)
+        counter = rows.to(tl.uint32)[:, None] + numbers
+        a, b, c, d = tl.philox(seed, counter, byte.to(tl.uint32)[None, :] + numbers, numbers + place.to(tl.uint32), numbers, ROUNDS)
+        pairs = tl.join(
+            tl.join(_kept_bits(a, threshold, 0), _kept_bits(b, threshold, 2)),
+            tl.join(_kept_bits(c, threshold, 4), _kept_bits(d, threshold, 6)),
+        )
+        bits = tl.sum(tl.reshape(pairs, (ROWS, GROUP, 4)), axis=2)  # a sum, since Triton would draw the numbers again for each use of `|`
+        tl.store(kept + rows[:, None] * blocks * GROUP + byte[None, :], bits.to(tl.uint8), mask=is_row[:, None])
+        values = tl.where(_unpack(bits, ROWS, GROUP), values, 0.0)
+        total = tl.dot(values, weights, total, input_precision="ieee")
+    target = low + rows[:, None] * rank + ranks[None, :]
+    tl.store(target, (total * scale).to(low.dtype.element_ty), mask=is_row[:, None] & (ranks < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens", "share"])  # type: ignore[untyped-decorator]
+def _find_factor_gradient(  # type: ignore[no-untyped-def]
+    hidden, kept, of_low, sums, tokens, columns, rank, share,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    block, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = block * 8 * GROUP + tl.arange(0, 8 * GROUP)
+    byte = block * GROUP + tl.arange(0, GROUP)
+    ranks = tl.arange(0, RANK)
+    width = tl.cdiv(columns, 8 * GROUP) * GROUP
+    total = tl.zeros((RANK, 8 * GROUP), tl.float32)
+    for start in range(0, share, ROWS):
+        rows = part * share + start + tl.arange(0, ROWS)
+        is_row = rows < tokens
+        bits = tl.load(kept + rows[:, None] * width + byte[None, :], mask=is_row[:, None], other=0).to(tl.int32)
+        values = tl.load(hidden + rows[:, None] * columns + column[None, :], mask=is_row[:, None] & (column < columns)[None, :], other=0.0)
+        gradient = tl.load(of_low + rows[None, :] * rank + ranks[:, None], mask=is_row[None, :] & (ranks < rank)[:, None], other=0.0)
+        values = tl.where(_unpack(bits, ROWS, GROUP), values, 0.0)
+        total = tl.dot(gradient, values, total, input_precision="ieee")
+    target = sums + (part * rank + ranks[:, None]) * columns + column[None, :]
+    tl.store(target, total, mask=(ranks < rank)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
+def _add_product(  # type: ignore[no-untyped-def]
+    target, left, right, kept, tokens, columns, rank, row_stride, column_stride,
+    ONTO: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * 8 * GROUP + tl.arange(0, 8 * GROUP)
+    ranks = tl.arange(0, RANK)
+    is_row, is_column, is_rank = rows < tokens, column < columns, ranks < rank
+    factor = tl.load(left + rows[:, None] * rank + ranks[None, :], mask=is_row[:, None] & is_rank[None, :], other=0.0)
+    other = tl.load(right + ranks[:, None] * row_stride + column[None, :] * column_stride, mask=is_rank[:, None] & is_column[None, :], other=0.0)
+    change = tl.dot(factor, other, input_precision="ieee")
+    if DROPPED:
+        byte = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+        width = tl.cdiv(columns, 8 * GROUP) * GROUP
+        bits = tl.load(kept + rows[:, None] * width + byte[None, :], mask=is_row[:, None], other=0).to(tl.int32)
+        change = tl.where(_unpack(bits, ROWS, GROUP), change, 0.0)
+    pointers = target + rows[:, None] * columns + column[None, :]
+    inside = is_row[:, None] & is_column[None, :]
+    if ONTO:
+        change += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    tl.store(pointers, change.to(target.dtype.element_ty), mask=inside)
