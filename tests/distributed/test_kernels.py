@@ -51,6 +51,7 @@ print(json.dumps({
 
 INTERPRETED_DROPOUT = """
 import json, torch
+from finetune_trainer import low_rank
 from finetune_trainer import low_rank_kernels as kernels
 
 torch.manual_seed(0)
@@ -75,7 +76,16 @@ def difference(found, expected):
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
+low_rank._has_kernels = lambda *_: True
+changed = low_rank.Raise.apply(target.clone().requires_grad_().exp(), of_low, torch.randn(COLUMNS, RANK).to(DTYPE))
+try:
+    changed.sum().backward()
+    found_out = False
+except RuntimeError as error:
+    found_out = "modified by an inplace operation" in str(error)
+
 print(json.dumps({
+    "a layer that keeps its own output is found out": found_out,
     "errors": {
         "low": difference(low, SCALE * dropped @ factor.double().t()),
         "factor": difference(kernels.find_factor_gradient(hidden, packed, of_low), of_low.double().t() @ dropped),
@@ -144,6 +154,7 @@ def test_kernels_with_dropout_compute_what_torch_does(dtype: str, tolerance: flo
     found = interpret(INTERPRETED_DROPOUT, dtype=dtype, tokens=tokens, rank=rank)
     assert {name: error for name, error in found["errors"].items() if error > tolerance} == {}
     assert found["empty"] == 0
+    assert found["a layer that keeps its own output is found out"]
     assert found["threshold"] == pytest.approx(0.3 * 2**16, abs=0.5)
     deviation = (0.3 * 0.7) ** 0.5
     assert found["share kept"] == pytest.approx(0.7, abs=5 * deviation / (300 * tokens) ** 0.5)

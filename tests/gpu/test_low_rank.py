@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+import small_models
+from finetune_trainer import lora
 from finetune_trainer.low_rank import Lower, Raise
 from gang import Gang
-from gpu_runs import train
+from gpu_runs import forget_attention_backend, train
+from small_models import Layout
 from small_runs import Job
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-7}
 """Of the largest number: float32 sums, rounded once; bfloat16's low is rounded before B sees it."""
 TOKENS, COLUMNS, WIDTH, DROPOUT, SCALE = 5000, 1000, 700, 0.3, 2.0
+Models = dict[tuple[str, str], Path]
 Note = Callable[..., None]
 
 
@@ -71,7 +76,7 @@ def test_products_and_gradients_are_those_of_the_formula(dtype: str, rank: int, 
 
 @pytest.mark.one_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_recompute_drops_the_same(dtype: str, models: dict[tuple[str, str], Path], rows: Path, gpu1: Gang, tmp_path: Path) -> None:
+def test_recompute_drops_the_same(dtype: str, models: Models, rows: Path, gpu1: Gang, tmp_path: Path) -> None:
     def losses(name: str, **training: Any) -> list[float]:
         job = Job(models["llama", dtype], rows, tmp_path / name, tuning={"loraDropout": 0.3}, training=training, dtype=dtype)
         (outcome,) = gpu1.run(train, job)
@@ -81,3 +86,34 @@ def test_recompute_drops_the_same(dtype: str, models: dict[tuple[str, str], Path
     full = losses("full", recomputeGranularity="full", recomputeMethod="uniform", recomputeNumLayers=1)
     assert full == pytest.approx(kept, abs={"float32": 5e-5, "bfloat16": 2e-2}[dtype])
     assert kept[-1] < kept[0] - 0.1
+
+
+def drop_ones(layout: Layout, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an A of one row for each of the first columns leaves of ones, in two passes; under sequence parallelism in the random state of a pass of the whole model."""
+    from megatron.core import tensor_parallel
+
+    forget_attention_backend()
+    built = small_models.build(layout)
+    lora.attach(built.chunks, layout.config.tuning, seed=7)
+    torch.manual_seed(5)
+    layer = dict(lora.adapters(built.chunks))[name].train()
+    columns, device = layer.lora_A.weight.shape[1], layer.lora_A.weight.device
+    layer.lora_A.weight = torch.nn.Parameter(torch.eye(64, columns, device=device))
+    ones = torch.ones(200, 1, columns, device=device)
+    with tensor_parallel.get_cuda_rng_tracker().fork() if built.chunks[0].config.sequence_parallel else contextlib.nullcontext():
+        first, second = (layer._lower(ones)[1].detach().cpu() / layer.scale for _ in range(2))
+    return first, second
+
+
+@pytest.mark.gpu2
+@pytest.mark.parametrize(
+    ("sequence_parallel", "name", "alike"),
+    [(False, "mlp.linear_fc1", True), (False, "mlp.linear_fc2", False), (True, "mlp.linear_fc1", False), (True, "mlp.linear_fc2", False)],
+)
+def test_dropout_is_alike_where_ranks_hold_the_same_input(sequence_parallel: bool, name: str, alike: bool, models: Models, gpu2: Gang) -> None:
+    tuning = {"tunerType": "lora", "loraRank": 64, "loraAlpha": 64, "loraDropout": 0.5, "targetModules": ["all-linear"], "useRslora": False}
+    layout = Layout(models["llama", "float32"], {"tensorModelParallelSize": 2, "sequenceParallel": sequence_parallel}, tuning=tuning)
+    first, second = gpu2.run(drop_ones, layout, f"decoder.layers.0.{name}")
+    assert torch.equal(first[0], second[0]) is alike
+    assert not torch.equal(first[0], first[1])
+    assert sorted(first[0].unique().tolist()) == pytest.approx([0.0, 2.0])

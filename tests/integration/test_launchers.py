@@ -120,7 +120,7 @@ def free_ports() -> int:
     """A port that is free on every address, as is the next one; of those that the kernel gives to no connection, so that none takes it before torch listens there."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
-        port = random.randrange(max(1024, lowest // 2), lowest - 1)
+        port = random.randrange(max(1024, lowest // 2), max(1025, lowest - 1))
         with suppress(OSError), socket.socket() as first, socket.socket() as second:
             first.bind(("", port))
             second.bind(("", port + 1))

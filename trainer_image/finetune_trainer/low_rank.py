@@ -1,7 +1,8 @@
 """The two products of an adapter, as functions with gradients of their own, so that the large tensors beside them are read and written as rarely as can be.
 
 ``B`` is added onto the output of the base in place; the gradient through ``A`` is added onto the one that the base has found for the same input, in place too; dropout leaves no copy of its
-input behind, only one bit for each number (on a GPU). In place is safe here: no linear layer keeps its own output for its gradient, and each makes the gradient of its input anew.
+input behind, only one bit for each number (on a GPU). In place is safe here: no linear layer keeps its own output for its gradient (autograd would raise an error for one that does), and each makes the gradient of its
+input anew and for ``Lower`` alone.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_KERNEL_RANK = 64
-"""Of a larger rank the kernels' sums would not fit into a GPU's registers."""
+from finetune_trainer.memory import MAX_KERNEL_RANK
 
 
 class Lower(torch.autograd.Function):
@@ -24,6 +24,8 @@ class Lower(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, factor: Tensor, dropout: float, scale: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)  # nothing may go on with the first output
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(hidden)  # else the frozen base would make a gradient that nobody wants
         flat = hidden.flatten(0, -2)
         kept = None
         if dropout == 0:
@@ -92,6 +94,7 @@ def _add_product(target: Tensor, left: Tensor, right: Tensor, kept: Tensor | Non
         from finetune_trainer import low_rank_kernels
 
         low_rank_kernels.add_product(target, left, right, kept, onto=onto)
+        torch.autograd.graph.increment_version(target)  # a kernel of ours writes behind autograd's back
     elif kept is None:
         torch.addmm(target, left, right, beta=float(onto), out=target)
     else:

@@ -1,7 +1,7 @@
 """Triton kernels for the products of an adapter. With dropout, what is dropped is never written, only a bit for each number that says whether it was kept.
 
 A program works on blocks of 8 x GROUP columns; bit ``j`` of byte ``i`` of a block says whether its column ``j * GROUP + i`` was kept. Random numbers are Philox-4x32 with seven rounds (Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", 2011), 16 bits for a number, its key and place taken from torch's generator of the GPU, so that a recomputed forward pass draws the same. ``low_rank.py`` has the same in torch.
+as easy as 1, 2, 3", 2011), 16 bits for a number, its key and place taken from torch's generator of the GPU, so that a recomputed forward pass draws the same.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ WARPS, GRADIENT_WARPS = 4, 4
 
 
 def threshold(dropout: float) -> int:
-    """A number is dropped where its 16 random bits are below this."""
-    return round(dropout * LEVELS)
+    """A number is dropped where its 16 random bits are below this; at least one value of them keeps it."""
+    return min(round(dropout * LEVELS), LEVELS - 1)
 
 
 def share_kept(threshold: int) -> float:

@@ -20,8 +20,8 @@ What a GPU holds outside of the allocator (CUDA itself, NCCL's buffers, fragment
 
 A layer keeps, per token: ``4 h`` (its input, both norms' outputs, the sum between); of attention, over ``t``, on a GPU ``2 n_q + 2 n_kv`` (queries,
 keys, values, the result), on a CPU ``6 n_q + n_kv`` (each head has its own copy of keys and values there, and results are put together again); of
-the MLP, over ``t``, ``3 f`` (gate and up projection, the activation). LoRA's dropout keeps for each number of a linear layer's input whether it was dropped, one bit on a GPU
-and a byte on a CPU. Sequence parallelism cuts the ``h`` terms by ``t`` too. Full recomputation keeps ``h`` per group of layers; selective leaves out what its modules recompute. ``tokens`` is micro batch x
+the MLP, over ``t``, ``3 f`` (gate and up projection, the activation). LoRA's dropout keeps for each number of a linear layer's input whether it was dropped: one bit on a GPU up
+to MAX_KERNEL_RANK, else a byte. Sequence parallelism cuts the ``h`` terms by ``t`` too. Full recomputation keeps ``h`` per group of layers; selective leaves out what its modules recompute. ``tokens`` is micro batch x
 tokens of a row, all of them labelled.
 
 Measured once on a CPU (SmolLM2-135M, float32, one process, LoRA, rows of 464 tokens), in GiB, with the estimate in brackets: micro batch 8: 10.2 (9.3), micro
@@ -39,6 +39,8 @@ from finetune_trainer.contract import ModelError, RunConfig, TorchDtype
 OVERHEAD_GIB: Mapping[str, float] = {"cuda": 0.25, "cpu": 2.0}
 PIECE_BYTES = 2**29
 """Logits that are in memory at a time while the output layer is frozen."""
+MAX_KERNEL_RANK = 64
+"""Of an adapter, on a GPU: the sums of a larger rank would not fit into its registers, so torch's functions take the place of kernels."""
 GIB = 2.0**30
 
 Device = Literal["cuda", "cpu"]
@@ -191,7 +193,8 @@ def _activations(config: RunConfig, facts: ModelFacts, device: Device, width: in
     hidden = facts.hidden_size / (tensor if config.parallelism.sequence_parallel else 1)
     query, key_value = facts.num_attention_heads * facts.head_dim / tensor, facts.num_query_groups * facts.head_dim / tensor
     mlp = 3 * facts.ffn_hidden_size / tensor
-    attention, mask_bytes = (6 * query + key_value, 1.0) if device == "cpu" else (2 * query + 2 * key_value, 1 / 8)
+    attention = 6 * query + key_value if device == "cpu" else 2 * query + 2 * key_value
+    mask_bytes = 1 / 8 if device == "cuda" and (config.tuning.lora_rank or 0) <= MAX_KERNEL_RANK else 1.0
     drops_out = config.tuning.tuner_type == "lora" and bool(config.tuning.lora_dropout)
     masks = mask_bytes / width * (2 * hidden + query + facts.ffn_hidden_size / tensor) if drops_out else 0.0
     layer = 4 * hidden + attention + mlp + masks

@@ -3,13 +3,15 @@
 It is forked, so a rank must have one thread only until then; numpy starts some when it is imported, which is why ``data`` is imported in functions here.
 
 Of a node's ranks the first reads. What has come out, a file in memory (``data/mapped.py``) or an error, it hands on to the others through a socket in the folder of
-their launcher, so that all map the same pages and end with the same error. They wait there and in no collective: reading may take longer than ``ddpTimeout``.
+their launcher, so that all map the same pages and end with the same error. They wait there and in no collective: reading may take longer than ``ddpTimeout``, though a node
+that has read waits for the others no longer than that.
 Ranks without our launcher read for themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
@@ -34,8 +36,11 @@ if TYPE_CHECKING:
     from finetune_trainer.data.mapped import Outline
 
 SOCKET = "rows"
-MESSAGE_BYTES = 2**20
-"""More than an outline or an error with its traceback ever has."""
+MESSAGE_BYTES = 2**17
+"""More than an outline or a shortened error has; a socket takes less than 2**18 at once."""
+ERROR_CHARACTERS = 20_000
+DOOR_SECONDS = 60.0
+"""For the next rank to ask for the rows: all of them have started then, and ask at once."""
 
 
 class Reading(Protocol):
@@ -105,10 +110,12 @@ class Reader:
         if self._door is None:
             return
         with self._door:
-            for _ in range(self._others):
-                connection, _ = self._door.accept()
-                with connection, contextlib.suppress(OSError):  # a rank that is gone: the launcher ends this one
-                    socket.send_fds(connection, [pickle.dumps(outcome)], [self._file])
+            self._door.settimeout(DOOR_SECONDS)
+            with contextlib.suppress(OSError):  # a rank that is gone, or could not ask: it says so itself
+                for _ in range(self._others):
+                    connection, _ = self._door.accept()
+                    with connection, contextlib.suppress(OSError):
+                        socket.send_fds(connection, [pickle.dumps(outcome)], [self._file])
 
 
 class Receiver:
@@ -121,10 +128,13 @@ class Receiver:
         """See ``Reading``."""
         files: list[int] = []
         content = b""
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection, _address(self._folder) as address:
-            connection.connect(address)
-            content, files, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 1)
-        if not content:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection, _address(self._folder) as address:
+                connection.connect(address)
+                content, files, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 1)
+        except OSError as error:
+            raise DistributedError(f"the rows could not be had from the first rank of this node: {error}") from error
+        if not content or not files:
             raise DistributedError("the first rank of this node ended before it had handed the rows on")
         return _take(pickle.loads(content), files[0])
 
@@ -185,12 +195,14 @@ def _read(config: RunConfig, file: int, say: Callable[[str], None]) -> Outline |
         with open(file, "wb", closefd=False) as stream:
             return write_rows(rows, stream)
     except EngineError as error:
-        return error
-    except MemoryError:
-        return OutOfMemoryError("out of memory: the rows do not fit into the memory of this machine while they are read")
+        return type(error)(str(error)[:ERROR_CHARACTERS])
     except Exception as error:  # noqa: BLE001 it crosses to the rank, which raises it
-        internal = EngineError(f"the rows could not be read: {type(error).__name__}: {error}")
-        internal.add_note("".join(traceback.format_exception(error)))
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.ENOSPC)):
+            return OutOfMemoryError(
+                f"out of memory: the rows do not fit into the memory of this machine while they are read ({str(error) or type(error).__name__})"
+            )
+        internal = EngineError(f"the rows could not be read: {type(error).__name__}: {error}"[:ERROR_CHARACTERS])
+        internal.add_note("".join(traceback.format_exception(error))[-ERROR_CHARACTERS:])
         return internal
 
 

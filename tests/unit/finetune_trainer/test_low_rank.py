@@ -43,12 +43,20 @@ def test_values_and_gradients_are_those_of_the_formula(dropout: float, after: bo
         assert torch.allclose(mine.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_a_frozen_input_gets_no_gradient_and_the_factors_theirs() -> None:
-    hidden, base, lora_a, lora_b = made(4, 7), made(6, 7), made(3, 7).requires_grad_(), made(6, 3).requires_grad_()
-    adapted(hidden, base, lora_a, lora_b, 0.0, after=False).sum().backward()
-    assert hidden.grad is None
+def test_behind_a_frozen_input_the_factors_alone_get_gradients_and_the_base_makes_none() -> None:
+    lora_a, lora_b = made(3, 7).requires_grad_(), made(6, 3).requires_grad_()
+    hidden, low = Lower.apply(made(4, 7), lora_a, 0.0, SCALE)
+    assert not hidden.requires_grad
+    Raise.apply(torch.nn.functional.linear(hidden, made(6, 7)), low, lora_b).sum().backward()
     assert lora_a.grad.norm() > 0
     assert lora_b.grad.norm() > 0
+
+
+def test_a_layer_that_keeps_its_own_output_is_found_out() -> None:
+    hidden = made(4, 6).requires_grad_()
+    raised = Raise.apply(hidden.exp(), made(4, 3), made(6, 3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        raised.sum().backward()
 
 
 def test_the_base_s_output_is_overwritten_and_hidden_is_not_copied() -> None:

@@ -392,6 +392,17 @@ def estimate(machine: Machine, facts: dict[str, Any], row_tokens: int = 1, **sec
     return estimate_memory(filled, read_facts(facts), machine, row_tokens) - OVERHEAD_GIB[machine.device]
 
 
+@pytest.mark.parametrize(("device", "rank", "bits"), [("cuda", 64, 1), ("cuda", 65, 8), ("cpu", 8, 8)])
+def test_dropout_keeps_a_bit_for_each_number_where_kernels_are_and_a_byte_elsewhere(device: Any, rank: int, bits: int) -> None:
+    def gib(dropout: float) -> float:
+        tuning = {"lora_rank": rank, "lora_dropout": dropout}
+        training = {"micro_batch_size": 1, "recompute_granularity": "none"}
+        return estimate(Machine(device, 1, 0.0), QWEN25_7B, row_tokens=1000, tuning=tuning, training=training)
+
+    hidden, ffn, layers = 3584, 18944, 28
+    assert (gib(0.05) - gib(0.0)) * 2**30 == pytest.approx(bits / 8 * 1000 * layers * (3 * hidden + ffn), rel=1e-6)
+
+
 def test_full_bfloat16_training_takes_eighteen_bytes_a_parameter() -> None:
     parameters = 7_615_000_000  # Qwen2.5-7B, its biases left out
     gib = estimate(Machine("cuda", 1, 0.0), QWEN25_7B, tuning={"tuner_type": "full"}, training={"micro_batch_size": 1})

@@ -7,7 +7,7 @@
     rows           rows of tokens: cutting, packing                           (pure)
     batch          rows -> the tensors of a micro batch                       (imports torch when used)
 
-``open_rows`` is the whole way; every process walks it and gets the same (``Rows.digest``).
+``open_rows`` is the whole way; one process of a node walks it (``reading.py``), and all nodes get the same (``Rows.digest``).
 """
 
 from __future__ import annotations
