@@ -60,7 +60,7 @@ def measure(trainer: Any, rows: Any, config: Any, ranks: Any, *_: Any) -> None:
     for _ in range(ROUNDS):
         for name, without in LEVERS.items():
             torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
-            with without():
+            with without(trainer):
                 for counted in range(STEPS):
                     taken = take_step(trainer, rows, config, ranks, step)
                     step += 1
@@ -90,23 +90,38 @@ def take_step(trainer: Any, rows: Any, config: Any, ranks: Any, step: int) -> fl
     return time.perf_counter() - began
 
 
-def without_kernels_of_adapters() -> Any:
+def without_kernels_of_adapters(trainer: Any) -> Any:
     return mock.patch("finetune_trainer.low_rank._has_kernels", return_value=False)
 
 
-def without_adding_in_place() -> Any:
+def without_adding_in_place(trainer: Any) -> Any:
     from finetune_trainer.low_rank import Raise
 
-    def forward(ctx: Any, output: Any, low: Any, factor: Any) -> Any:
+    def forward(ctx: Any, output: Any, low: Any, factor: Any, scale: float, sums: Any) -> Any:
         import torch
 
+        ctx.scale, ctx.sums = scale, sums
         ctx.save_for_backward(low, factor)
-        return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), factor.t()).view(output.shape)
+        return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), factor.t(), alpha=scale).view(output.shape)
 
     return mock.patch.object(Raise, "forward", staticmethod(forward))
 
 
-def without_dealing() -> Any:
+@contextlib.contextmanager
+def without_adding_gradients_in_place(trainer: Any) -> Iterator[None]:
+    """Gradients of adapters by way of autograd, and of Megatron's hook for each."""
+    from finetune_trainer import lora
+
+    factors = [factor for _, layer in lora.adapters(trainer.chunks) for factor in (layer.lora_A, layer.lora_B)]
+    for factor in factors:
+        factor.sums = None
+    try:
+        yield
+    finally:
+        lora.add_gradients_in_place(trainer.chunks)
+
+
+def without_dealing(trainer: Any) -> Any:
     def deal(sizes: Any, groups: int) -> list[list[int]]:
         room = len(sizes) // groups
         return [list(range(group * room, (group + 1) * room)) for group in range(groups)]
@@ -115,7 +130,7 @@ def without_dealing() -> Any:
 
 
 @contextlib.contextmanager
-def without_leaving_tokens_out() -> Iterator[None]:
+def without_leaving_tokens_out(trainer: Any) -> Iterator[None]:
     """Output layer and loss on every token."""
     import torch
 
@@ -133,7 +148,7 @@ def without_leaving_tokens_out() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_kernels_of_swiglu() -> Iterator[None]:
+def without_kernels_of_swiglu(trainer: Any) -> Iterator[None]:
     import torch
 
     def forward(gate_up: Any) -> Any:
@@ -148,10 +163,11 @@ def without_kernels_of_swiglu() -> Iterator[None]:
         yield
 
 
-LEVERS: dict[str, Callable[[], Any]] = {
+LEVERS: dict[str, Callable[[Any], Any]] = {
     "everything": contextlib.nullcontext,
     "without kernels of adapters": without_kernels_of_adapters,
     "without adding B's product in place": without_adding_in_place,
+    "without adding gradients in place": without_adding_gradients_in_place,
     "without dealing rows by length": without_dealing,
     "without leaving unlabelled tokens out": without_leaving_tokens_out,
     "without kernels of SwiGLU": without_kernels_of_swiglu,

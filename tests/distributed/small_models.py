@@ -15,7 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import param_is_not_shared
 
-from finetune_trainer import convert, hf_files, model, parallel, train
+from finetune_trainer import convert, hf_files, lora, model, parallel, train
 from finetune_trainer.contract import RunConfig
 from finetune_trainer.data import Row, collate
 from finetune_trainer.families import find
@@ -72,6 +72,7 @@ def collect_gradients(built: Built, micro_batches: list[list[list[int]]]) -> tup
     config = built.chunks[0].config
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
     wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in built.chunks]
+    lora.add_gradients_in_place(wrapped)
     config.finalize_model_grads_func = finalize_model_grads
     batches = [collate([data_row(row) for row in rows], built.ranks.tp.size, built.ranks.device) for rows in micro_batches]
     for chunk in wrapped:

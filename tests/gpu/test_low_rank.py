@@ -12,7 +12,7 @@ import torch
 
 import small_models
 from finetune_trainer import lora
-from finetune_trainer.low_rank import Lower, Raise
+from finetune_trainer.low_rank import Lower, Raise, share_kept
 from gang import Gang
 from gpu_runs import forget_attention_backend, train
 from small_models import Layout
@@ -33,10 +33,8 @@ def unpack(kept: torch.Tensor) -> torch.Tensor:
     return ((kept.view(len(kept), -1, 1, GROUP).int() >> places) & 1).reshape(len(kept), -1)[:, :COLUMNS]
 
 
-def compare_with_torch(dtype: str, rank: int, dropout: float) -> dict[str, float]:
-    """Differences of outputs and gradients to the formula in float64."""
-    from finetune_trainer import low_rank_kernels
-
+def compare_with_torch(dtype: str, rank: int, dropout: float, in_place: bool) -> dict[str, float]:
+    """Differences of outputs and gradients to the formula in float64; ``in_place`` has the factors' gradients added to float32 ones."""
     generator = torch.Generator("cuda").manual_seed(3)
 
     def made(*shape: int) -> torch.Tensor:
@@ -44,32 +42,32 @@ def compare_with_torch(dtype: str, rank: int, dropout: float) -> dict[str, float
 
     hidden, base, factor_a, factor_b, above = made(TOKENS, 1, COLUMNS), made(WIDTH, COLUMNS), made(rank, COLUMNS), made(WIDTH, rank), made(TOKENS, 1, WIDTH)
     ours = [tensor.clone().requires_grad_() for tensor in (hidden, factor_a, factor_b)]
+    sums = [torch.ones(factor.shape, device="cuda") if in_place else None for factor in ours[1:]]
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor):
-        through, low = Lower.apply(ours[0], ours[1], dropout, SCALE)
-    output = Raise.apply(torch.nn.functional.linear(through, base), low, ours[2])
+        through, low = Lower.apply(ours[0], ours[1], dropout, sums[0])
+    output = Raise.apply(torch.nn.functional.linear(through, base), low, ours[2], SCALE / share_kept(dropout), sums[1])
     output.backward(above)
-    kept, share = torch.ones(TOKENS, COLUMNS, device="cuda"), 1 - dropout
+    kept = torch.ones(TOKENS, COLUMNS, device="cuda")
     if dropout:
         (packed,) = [tensor for tensor in saved if tensor.dtype in (torch.uint8, torch.bool)]
-        if packed.dtype is torch.uint8:
-            kept, share = unpack(packed), low_rank_kernels.share_kept(low_rank_kernels.threshold(dropout))
-        else:
-            kept = packed
+        kept = unpack(packed) if packed.dtype is torch.uint8 else packed
         assert kept.double().mean().item() == pytest.approx(1 - dropout, abs=0.002)
     theirs = [tensor.double().requires_grad_() for tensor in (hidden, factor_a, factor_b)]
-    expected = theirs[0] @ base.double().t() + SCALE / share * ((theirs[0] * kept.double()[:, None]) @ theirs[1].t()) @ theirs[2].t()
+    expected = theirs[0] @ base.double().t() + SCALE / share_kept(dropout) * ((theirs[0] * kept.double()[:, None]) @ theirs[1].t()) @ theirs[2].t()
     expected.backward(above.double())
-    pairs = {"output": (output, expected), **{f"gradient {n}": (a.grad, b.grad) for n, a, b in zip(("hidden", "A", "B"), ours, theirs, strict=True)}}
-    return {name: float((found.double() - exact).abs().max() / exact.abs().max()) for name, (found, exact) in pairs.items()}
+    found = [ours[0].grad, *(factor.grad if total is None else total - 1 for factor, total in zip(ours[1:], sums, strict=True))]
+    pairs = {"output": (output, expected), **{f"gradient {n}": (a, b.grad) for n, a, b in zip(("hidden", "A", "B"), found, theirs, strict=True)}}
+    return {name: float((mine.double() - exact).abs().max() / exact.abs().max()) for name, (mine, exact) in pairs.items()}
 
 
 @pytest.mark.one_gpu
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, DROPOUT])
 @pytest.mark.parametrize("rank", [8, 64, 96])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_products_and_gradients_are_those_of_the_formula(dtype: str, rank: int, dropout: float, gpu1: Gang, note: Note) -> None:
-    (differences,) = gpu1.run(compare_with_torch, dtype, rank, dropout)
+def test_products_and_gradients_are_those_of_the_formula(dtype: str, rank: int, dropout: float, in_place: bool, gpu1: Gang, note: Note) -> None:
+    (differences,) = gpu1.run(compare_with_torch, dtype, rank, dropout, in_place)
     note(**differences)
     assert {name: value for name, value in differences.items() if not value <= TOLERANCE[dtype]} == {}
 
@@ -101,7 +99,7 @@ def drop_ones(layout: Layout, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     layer.lora_A.weight = torch.nn.Parameter(torch.eye(64, columns, device=device))
     ones = torch.ones(200, 1, columns, device=device)
     with tensor_parallel.get_cuda_rng_tracker().fork() if built.chunks[0].config.sequence_parallel else contextlib.nullcontext():
-        first, second = (layer._lower(ones)[1].detach().cpu() / layer.scale for _ in range(2))
+        first, second = (layer._lower(ones, layer.dropout)[1].detach().cpu() for _ in range(2))
     return first, second
 
 
@@ -116,4 +114,4 @@ def test_dropout_is_alike_where_ranks_hold_the_same_input(sequence_parallel: boo
     first, second = gpu2.run(drop_ones, layout, f"decoder.layers.0.{name}")
     assert torch.equal(first[0], second[0]) is alike
     assert not torch.equal(first[0], first[1])
-    assert sorted(first[0].unique().tolist()) == pytest.approx([0.0, 2.0])
+    assert sorted(first[0].unique().tolist()) == pytest.approx([0.0, 1.0])

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finetune_trainer.kernel_launch import kernel
+
 STATISTICS_BLOCK = 4096
 GRADIENT_BLOCK = 4096
 SWIGLU_BLOCK = 2048
@@ -28,7 +30,7 @@ def softmax_statistics(logits: Tensor, labels: Tensor, first: int, columns: int)
     rows = logits.shape[0]
     sums, targets = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     if rows:
-        _softmax_statistics[(rows,)](logits, labels, sums, targets, first, columns, logits.stride(0), BLOCK=STATISTICS_BLOCK, num_warps=WARPS)
+        _softmax_statistics.launch((rows,), logits, labels, sums, targets, first, columns, logits.stride(0), STATISTICS_BLOCK)
     return sums, targets
 
 
@@ -38,8 +40,7 @@ def write_softmax_gradient(logits: Tensor, labels: Tensor, sums: Tensor, first: 
     if rows:
         grid = (rows, triton.cdiv(width, GRADIENT_BLOCK))
         factor = sums if scale is None else scale
-        arguments = (logits, labels, sums, factor, first, columns, width, logits.stride(0))
-        _softmax_gradient[grid](*arguments, SCALED=scale is not None, BLOCK=GRADIENT_BLOCK, num_warps=WARPS)
+        _softmax_gradient.launch(grid, logits, labels, sums, factor, first, columns, width, logits.stride(0), scale is not None, GRADIENT_BLOCK)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     tokens, width = gate_up.shape
     output = torch.empty(tokens, width // 2, dtype=gate_up.dtype, device=gate_up.device)
     if tokens:
-        _swiglu[(tokens, triton.cdiv(width // 2, SWIGLU_BLOCK))](gate_up, output, width // 2, BLOCK=SWIGLU_BLOCK, num_warps=WARPS)
+        _swiglu.launch((tokens, triton.cdiv(width // 2, SWIGLU_BLOCK)), gate_up, output, width // 2, SWIGLU_BLOCK)
     return output
 
 
@@ -56,11 +57,11 @@ def swiglu_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
     tokens, width = gate_up.shape
     output = torch.empty_like(gate_up)
     if tokens:
-        _swiglu_gradient[(tokens, triton.cdiv(width // 2, SWIGLU_BLOCK))](gate_up, gradient, output, width // 2, BLOCK=SWIGLU_BLOCK, num_warps=WARPS)
+        _swiglu_gradient.launch((tokens, triton.cdiv(width // 2, SWIGLU_BLOCK)), gate_up, gradient, output, width // 2, SWIGLU_BLOCK)
     return output
 
 
-@triton.jit(do_not_specialize=["first", "columns"])  # type: ignore[untyped-decorator]
+@kernel("first", "columns", warps=WARPS)
 def _softmax_statistics(logits, labels, sums, targets, first, columns, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
@@ -78,7 +79,7 @@ def _softmax_statistics(logits, labels, sums, targets, first, columns, stride, B
     tl.store(targets + row, tl.load(logits + label, mask=is_here, other=0.0).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["first", "columns"])  # type: ignore[untyped-decorator]
+@kernel("first", "columns", warps=WARPS)
 def _softmax_gradient(logits, labels, sums, factor, first, columns, width, stride, SCALED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -92,7 +93,7 @@ def _softmax_gradient(logits, labels, sums, factor, first, columns, width, strid
     tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@kernel(warps=WARPS)
 def _swiglu(gate_up, output, ffn, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -102,7 +103,7 @@ def _swiglu(gate_up, output, ffn, BLOCK: tl.constexpr):  # type: ignore[no-untyp
     tl.store(output + row * ffn + column, (gate * tl.sigmoid(gate) * up).to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@kernel(warps=WARPS)
 def _swiglu_gradient(gate_up, gradient, output, ffn, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -20,7 +20,7 @@ import torch
 
 from finetune_trainer import megatron_cpu
 from finetune_trainer.contract import TuningConfig
-from finetune_trainer.low_rank import Lower, Raise
+from finetune_trainer.low_rank import Lower, Raise, share_kept
 from finetune_trainer.model import canonical_name, unwrap
 
 megatron_cpu.install()
@@ -50,23 +50,28 @@ class Factor(torch.nn.Module):
         if cut is not None:
             tensor_parallel.set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=cut, stride=1)
         self.weight.sequence_parallel = summed  # type: ignore[attr-defined]
+        self.sums: torch.Tensor | None = None
+
+    def add_in_place(self) -> None:
+        """Have the backward pass add the weight's gradient to Megatron's ``main_grad`` [out, in], float32, as it is made, and autograd get none."""
+        self.sums = self.weight.main_grad  # type: ignore[attr-defined]
 
 
 class FactorA(Factor):
     """Into the low rank."""
 
-    def forward(self, hidden: torch.Tensor, dropout: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden [..., in] as it is, with which to go on, and ``scale * A(dropout(hidden))`` [..., rank]."""
-        outputs: tuple[torch.Tensor, torch.Tensor] = Lower.apply(hidden, self.weight, dropout, scale)  # type: ignore[no-untyped-call]
+    def forward(self, hidden: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden [..., in] as it is, with which to go on, and ``A(dropped(hidden))`` [..., rank]; what is kept of hidden is not scaled up."""
+        outputs: tuple[torch.Tensor, torch.Tensor] = Lower.apply(hidden, self.weight, dropout, self.sums)  # type: ignore[no-untyped-call]
         return outputs
 
 
 class FactorB(Factor):
     """Out of it."""
 
-    def forward(self, low: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The base's output [..., out], which is overwritten, plus ``B(low)``."""
-        raised: torch.Tensor = Raise.apply(output, low, self.weight)  # type: ignore[no-untyped-call]
+    def forward(self, low: torch.Tensor, output: torch.Tensor, scale: float) -> torch.Tensor:
+        """The base's output [..., out], which is overwritten, plus ``scale * B(low)``."""
+        raised: torch.Tensor = Raise.apply(output, low, self.weight, scale, self.sums)  # type: ignore[no-untyped-call]
         return raised
 
 
@@ -98,13 +103,14 @@ class LoraLinear(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden [sequence, batch, in] -> output [sequence, batch, out] and the bias that the caller adds, shares as the base's."""
+        dropout = self.dropout if self.training else 0.0
         if self.begins_with_norm:
             (output, normed), bias = _split(self.base(hidden))
-            _, low = self._lower(normed)
+            _, low = self._lower(normed, dropout)
         else:
-            hidden, low = self._lower(hidden)
+            hidden, low = self._lower(hidden, dropout)
             output, bias = self.base(hidden)
-        return self.lora_B(self._communicate(low), output), bias
+        return self.lora_B(self._communicate(low), output, self.scale / share_kept(dropout)), bias
 
     def ask_for_normed(self, wanted: bool) -> None:
         """Have the base return, beside its output, what its matrix product saw: transformer-engine's layer may begin with the norm, and A must see the same."""
@@ -118,16 +124,15 @@ class LoraLinear(torch.nn.Module):
         """Whether the base holds a norm of its own input."""
         return hasattr(self.base, "return_layernorm_output")
 
-    def _lower(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``scale * A(dropout(hidden))`` [sequence, batch, rank] behind hidden itself.
+    def _lower(self, hidden: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """``A(dropped(hidden))`` [sequence, batch, rank] behind hidden itself.
 
         Dropout is alike on ranks that hold the same input, and differs between ranks that hold parts of it: with sequence parallelism the whole forward pass already draws from the random state of this rank.
         """
-        dropout = self.dropout if self.training else 0.0
         if dropout > 0 and self.parallel_mode == "row" and self.tp_size > 1 and not self.sequence_parallel:
             with tensor_parallel.get_cuda_rng_tracker().fork():
-                return self.lora_A(hidden, dropout, self.scale)  # type: ignore[no-any-return]
-        return self.lora_A(hidden, dropout, self.scale)  # type: ignore[no-any-return]
+                return self.lora_A(hidden, dropout)  # type: ignore[no-any-return]
+        return self.lora_A(hidden, dropout)  # type: ignore[no-any-return]
 
     def _communicate(self, low: torch.Tensor) -> torch.Tensor:
         if self.tp_size == 1:
@@ -226,6 +231,16 @@ def adapters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoraLinea
         for name, module in model.named_modules():
             if isinstance(module, LoraLinear):
                 yield canonical_name(model, name), module
+
+
+def add_gradients_in_place(chunks: Sequence[torch.nn.Module]) -> None:
+    """Have the adapters add their gradients to ``main_grad`` themselves: not rounded to the weight's type before, and without a hook's call and a kernel for each weight.
+
+    The chunks are in Megatron's DistributedDataParallel. Not for overlapGradReduce, where the hook is what tells that a gradient is there.
+    """
+    for _, layer in adapters(chunks):
+        layer.lora_A.add_in_place()
+        layer.lora_B.add_in_place()
 
 
 def merged_weight(layer: LoraLinear) -> torch.Tensor:

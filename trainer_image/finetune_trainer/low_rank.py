@@ -3,6 +3,8 @@
 ``B`` is added onto the output of the base in place; the gradient through ``A`` is added onto the one that the base has found for the same input, in place too; dropout leaves no copy of its
 input behind, only one bit for each number (on a GPU). In place is safe here: no linear layer keeps its own output for its gradient (autograd would raise an error for one that does), and each makes the gradient of its
 input anew and for ``Lower`` alone.
+
+The gradient of a factor is added to a float32 tensor that the caller names (Megatron's ``main_grad``) as it is made, never rounded to the factor's type; where none is named autograd gets it.
 """
 
 from __future__ import annotations
@@ -14,42 +16,52 @@ from torch import Tensor
 
 from finetune_trainer.memory import MAX_KERNEL_RANK
 
+LEVELS = 2**16
+"""Dropout's probability is a multiple of 1 / LEVELS: the kernels draw 16 bits for a number."""
+
+
+def threshold(dropout: float) -> int:
+    """A number is dropped where its 16 random bits are below this; at least one value of them keeps it."""
+    return min(round(dropout * LEVELS), LEVELS - 1)
+
+
+def share_kept(dropout: float) -> float:
+    """The probability with which a number is kept."""
+    return 1 - threshold(dropout) / LEVELS
+
 
 class Lower(torch.autograd.Function):
-    """Hidden [..., in], A [rank, in] -> hidden as it is, and ``scale * dropout(hidden) A^T`` [..., rank].
+    """Hidden [..., in], A [rank, in] -> hidden as it is, and ``dropped(hidden) A^T`` [..., rank], where what is kept of hidden is not scaled up.
 
-    What goes on with hidden must take the first output: its gradient comes back through here.
+    What goes on with hidden must take the first output: its gradient comes back through here. A's gradient is added to ``sums`` [rank, in], if given.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, factor: Tensor, dropout: float, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, factor: Tensor, dropout: float, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)  # nothing may go on with the first output
         if not ctx.needs_input_grad[0]:
             ctx.mark_non_differentiable(hidden)  # else the frozen base would make a gradient that nobody wants
         flat = hidden.flatten(0, -2)
         kept = None
         if dropout == 0:
-            ctx.scale = scale
-            low = torch.mm(flat, factor.t()).mul_(scale)
+            low = torch.mm(flat, factor.t())
         elif _has_kernels(hidden, factor.shape[0]):
             from finetune_trainer import low_rank_kernels
 
-            threshold = low_rank_kernels.threshold(dropout)
-            ctx.scale = scale / low_rank_kernels.share_kept(threshold)
-            low, kept = low_rank_kernels.lower(flat, factor, threshold, ctx.scale)
+            low, kept = low_rank_kernels.lower(flat, factor, threshold(dropout))
         else:
-            ctx.scale = scale / (1 - dropout)
-            kept = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout)
-            low = torch.mm(flat * kept, factor.t()).mul_(ctx.scale)
+            kept = torch.empty_like(flat, dtype=torch.bool).bernoulli_(share_kept(dropout))
+            low = torch.mm(flat * kept, factor.t())
+        ctx.sums = sums
         ctx.save_for_backward(hidden, factor, kept)
         return hidden, low.view(*hidden.shape[:-1], factor.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         onto, gradient = gradients
         hidden, factor, kept = ctx.saved_tensors
-        flat, of_low = hidden.flatten(0, -2), gradient.flatten(0, -2) * ctx.scale
-        of_factor = _find_factor_gradient(flat, kept, of_low)
+        flat, of_low = hidden.flatten(0, -2), gradient.flatten(0, -2)
+        of_factor = _find_factor_gradient(flat, kept, of_low, ctx.sums)
         if not ctx.needs_input_grad[0]:
             return None, of_factor, None, None
         target = torch.empty_like(flat) if onto is None else onto.contiguous().flatten(0, -2)
@@ -58,45 +70,63 @@ class Lower(torch.autograd.Function):
 
 
 class Raise(torch.autograd.Function):
-    """Output [..., out] of the base, which is overwritten, low [..., rank], B [out, rank] -> ``output + low B^T``."""
+    """Output [..., out] of the base, which is overwritten, low [..., rank], B [out, rank] -> ``output + scale * low B^T``. B's gradient is added to ``sums`` [out, rank], if given."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, low: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, low: Tensor, factor: Tensor, scale: float, sums: Tensor | None) -> Tensor:
+        ctx.scale, ctx.sums = scale, sums
         ctx.save_for_backward(low, factor)
-        _add_product(output.view(-1, output.shape[-1]), low.flatten(0, -2), factor.t(), None, onto=True)
+        _add_product(output.view(-1, output.shape[-1]), low.flatten(0, -2), factor.t(), None, scale, onto=True)
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         (gradient,) = gradients
         low, factor = ctx.saved_tensors
         flat = gradient.flatten(0, -2)
-        return gradient, torch.mm(flat, factor).view_as(low), torch.mm(flat.t(), low.flatten(0, -2))
+        of_low = torch.empty_like(low)
+        torch.addmm(of_low.flatten(0, -2), flat, factor, beta=0, alpha=ctx.scale, out=of_low.flatten(0, -2))
+        return gradient, of_low, _sum_product(flat.t(), low.flatten(0, -2), ctx.scale, ctx.sums), None, None
 
 
 def _has_kernels(hidden: Tensor, rank: int) -> bool:
     return hidden.is_cuda and rank <= MAX_KERNEL_RANK
 
 
-def _find_factor_gradient(hidden: Tensor, kept: Tensor | None, of_low: Tensor) -> Tensor:
+def _find_factor_gradient(hidden: Tensor, kept: Tensor | None, of_low: Tensor, sums: Tensor | None) -> Tensor | None:
     if kept is None:
-        return torch.mm(of_low.t(), hidden)
-    if _has_kernels(hidden, of_low.shape[1]):
-        from finetune_trainer import low_rank_kernels
+        return _sum_product(of_low.t(), hidden, 1.0, sums)
+    if not _has_kernels(hidden, of_low.shape[1]):
+        return _sum_product(of_low.t(), hidden * kept, 1.0, sums)
+    from finetune_trainer import low_rank_kernels
 
-        return low_rank_kernels.find_factor_gradient(hidden, kept, of_low)
-    return torch.mm(of_low.t(), hidden * kept)
+    found = torch.zeros(of_low.shape[1], hidden.shape[1], device=hidden.device) if sums is None else sums
+    low_rank_kernels.add_factor_gradient(found, hidden, kept, of_low)
+    return found.to(hidden.dtype) if sums is None else None
 
 
-def _add_product(target: Tensor, left: Tensor, right: Tensor, kept: Tensor | None, *, onto: bool) -> None:
-    """``left right``, where kept, onto target or in its place."""
+def _sum_product(left: Tensor, right: Tensor, scale: float, sums: Tensor | None) -> Tensor | None:
+    """``scale * left right``, or nothing when it was added to ``sums``."""
+    if sums is None:
+        return torch.mm(left, right).mul_(scale)
+    if sums.dtype is left.dtype:
+        torch.addmm(sums, left, right, alpha=scale, out=sums)
+    elif sums.is_cuda:
+        torch.addmm(sums, left, right, out_dtype=sums.dtype, alpha=scale, out=sums)
+    else:
+        sums.add_(torch.mm(left, right), alpha=scale)
+    return None
+
+
+def _add_product(target: Tensor, left: Tensor, right: Tensor, kept: Tensor | None, scale: float = 1.0, *, onto: bool) -> None:
+    """``scale * left right``, where kept, onto target or in its place."""
     if _has_kernels(target, left.shape[1]):
         from finetune_trainer import low_rank_kernels
 
-        low_rank_kernels.add_product(target, left, right, kept, onto=onto)
+        low_rank_kernels.add_product(target, left, right, kept, scale, onto=onto)
         torch.autograd.graph.increment_version(target)  # a kernel of ours writes behind autograd's back
     elif kept is None:
-        torch.addmm(target, left, right, beta=float(onto), out=target)
+        torch.addmm(target, left, right, beta=float(onto), alpha=scale, out=target)
     else:
         change = torch.mm(left, right).mul_(kept)
-        target.add_(change) if onto else target.copy_(change)
+        target.add_(change, alpha=scale) if onto else torch.mul(change, scale, out=target)

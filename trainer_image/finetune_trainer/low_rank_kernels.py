@@ -6,74 +6,69 @@ as easy as 1, 2, 3", 2011), 16 bits for a number, its key and place taken from t
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from finetune_trainer.kernel_launch import kernel
+
 GROUP = 16
 BLOCK = 8 * GROUP
 ROUNDS = 7
-LEVELS = 2**16
 FEW_TOKENS = 4096
 """Up to here a program that reads whole rows takes few of them, so that there is one for every multiprocessor."""
 FEW_ROWS, ROWS, GRADIENT_ROWS = 16, 32, 64
 """Rows of hidden that a program works on at a time."""
 PROGRAMS = 1024
 """As many as keep a GPU busy."""
+SUMS_BLOCK = 1024
 WARPS, GRADIENT_WARPS = 4, 4
 
 
-def threshold(dropout: float) -> int:
-    """A number is dropped where its 16 random bits are below this; at least one value of them keeps it."""
-    return min(round(dropout * LEVELS), LEVELS - 1)
+def lower(hidden: Tensor, factor: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
+    """Hidden [tokens, in], A [rank, in] -> ``dropped A^T`` [tokens, rank], and which numbers of hidden were kept: uint8 [tokens, bytes].
 
-
-def share_kept(threshold: int) -> float:
-    """The probability with which a number is kept."""
-    return 1 - threshold / LEVELS
-
-
-def lower(hidden: Tensor, factor: Tensor, threshold: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Hidden [tokens, in], A [rank, in] -> ``scale * dropped A^T`` [tokens, rank], and which numbers of hidden were kept: uint8 [tokens, bytes].
-
-    Only zeroed, not scaled up: ``scale`` is to hold 1 / ``share_kept``.
+    A number is dropped, which makes it zero, where its 16 random bits are below ``threshold``; the others are not scaled up.
     """
     hidden, factor = hidden.contiguous(), factor.contiguous()
     (tokens, columns), rank = hidden.shape, factor.shape[0]
     low = torch.empty(tokens, rank, dtype=hidden.dtype, device=hidden.device)
-    kept = torch.empty(tokens, triton.cdiv(columns, BLOCK) * GROUP, dtype=torch.uint8, device=hidden.device)
+    kept = torch.empty(tokens, _blocks(columns, BLOCK) * GROUP, dtype=torch.uint8, device=hidden.device)
     if tokens:
         rows = FEW_ROWS if tokens <= FEW_TOKENS else ROWS
         seed, place = _draw(hidden.device)
-        arguments = (hidden, factor, low, kept, tokens, columns, rank, seed, place, threshold, scale)
-        _lower[(triton.cdiv(tokens, rows),)](*arguments, ROWS=rows, GROUP=GROUP, RANK=_padded(rank), ROUNDS=ROUNDS, num_warps=WARPS)
+        sizes = (rows, GROUP, _padded(rank), ROUNDS)
+        _lower.launch((_blocks(tokens, rows),), hidden, factor, low, kept, tokens, columns, rank, seed, place, threshold, *sizes)
     return low, kept
 
 
-def find_factor_gradient(hidden: Tensor, kept: Tensor, of_low: Tensor) -> Tensor:
-    """The gradient [rank, in] of A: ``of_low^T dropped``; of_low [tokens, rank]. Always the same sums in the same order."""
+def add_factor_gradient(target: Tensor, hidden: Tensor, kept: Tensor, of_low: Tensor) -> None:
+    """Add the gradient ``of_low^T dropped`` of A to target, float32 [rank, in]; of_low [tokens, rank]. Always the same sums in the same order."""
     hidden, of_low = hidden.contiguous(), of_low.contiguous()
+    assert target.is_contiguous(), f"rows of {target.shape[1]} numbers lie {target.stride()} apart"
     (tokens, columns), rank = hidden.shape, of_low.shape[1]
-    blocks, rows = triton.cdiv(columns, BLOCK), GRADIENT_ROWS
-    parts = max(1, min(triton.cdiv(tokens, 4 * rows), triton.cdiv(PROGRAMS, blocks)))
-    share = triton.cdiv(triton.cdiv(tokens, parts), rows) * rows
+    blocks, rows = _blocks(columns, BLOCK), GRADIENT_ROWS
+    parts = max(1, min(_blocks(tokens, 4 * rows), _blocks(PROGRAMS, blocks)))
+    share = _blocks(_blocks(tokens, parts), rows) * rows
     sums = torch.empty(parts, rank, columns, dtype=torch.float32, device=hidden.device)
-    arguments = (hidden, kept, of_low, sums, tokens, columns, rank, share)
-    _find_factor_gradient[(blocks, parts)](*arguments, ROWS=rows, GROUP=GROUP, RANK=_padded(rank), num_warps=GRADIENT_WARPS)
-    return sums.sum(dim=0).to(hidden.dtype)
+    _find_factor_gradient.launch((blocks, parts), hidden, kept, of_low, sums, tokens, columns, rank, share, rows, GROUP, _padded(rank))
+    _add_parts.launch((_blocks(target.numel(), SUMS_BLOCK),), target, sums, target.numel(), parts, SUMS_BLOCK)
 
 
-def add_product(target: Tensor, left: Tensor, right: Tensor, kept: Tensor | None = None, *, onto: bool = True) -> None:
-    """Add ``left right`` to target [tokens, columns], where kept; or write it over what is there, with zeros where dropped. left [tokens, rank], right [rank, columns]."""
+def add_product(target: Tensor, left: Tensor, right: Tensor, kept: Tensor | None = None, scale: float = 1.0, *, onto: bool = True) -> None:
+    """Add ``scale * left right`` to target [tokens, columns], where kept; or write it over what is there, with zeros where dropped. left [tokens, rank], right [rank, columns]."""
     assert target.is_contiguous(), f"rows of {target.shape[1]} numbers lie {target.stride()} apart"
     left = left.contiguous()
     (tokens, columns), rank = target.shape, left.shape[1]
     if tokens:
-        grid = (triton.cdiv(tokens, GRADIENT_ROWS), triton.cdiv(columns, BLOCK))
-        arguments = (target, left, right, left if kept is None else kept, tokens, columns, rank, *right.stride())
-        sizes = {"ROWS": GRADIENT_ROWS, "GROUP": GROUP, "RANK": _padded(rank)}
-        _add_product[grid](*arguments, ONTO=onto, DROPPED=kept is not None, **sizes, num_warps=GRADIENT_WARPS)
+        grid = (_blocks(tokens, GRADIENT_ROWS), _blocks(columns, BLOCK))
+        sizes = (GRADIENT_ROWS, GROUP, _padded(rank))
+        _add_product.launch(
+            grid, target, left, right, left if kept is None else kept, tokens, columns, rank, *right.stride(), scale, onto, kept is not None, *sizes
+        )
 
 
 def _draw(device: torch.device) -> tuple[int, int]:
@@ -86,6 +81,11 @@ def _draw(device: torch.device) -> tuple[int, int]:
     return generator.initial_seed(), place
 
 
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+@functools.cache
 def _padded(rank: int) -> int:
     """The smallest size of a matrix product."""
     return max(16, int(triton.next_power_of_2(rank)))
@@ -106,9 +106,9 @@ def _kept_bits(random, threshold, PLACE: tl.constexpr):  # type: ignore[no-untyp
     return (low << PLACE) | (high << (PLACE + 1))
 
 
-@triton.jit(do_not_specialize=["tokens", "seed", "place", "threshold"])  # type: ignore[untyped-decorator]
+@kernel("tokens", "seed", "place", "threshold", warps=WARPS)
 def _lower(  # type: ignore[no-untyped-def]
-    hidden, factor, low, kept, tokens, columns, rank, seed, place, threshold, scale,
+    hidden, factor, low, kept, tokens, columns, rank, seed, place, threshold,
     ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -133,10 +133,10 @@ def _lower(  # type: ignore[no-untyped-def]
         values = tl.where(_unpack(bits, ROWS, GROUP), values, 0.0)
         total = tl.dot(values, weights, total, input_precision="ieee")
     target = low + rows[:, None] * rank + ranks[None, :]
-    tl.store(target, (total * scale).to(low.dtype.element_ty), mask=is_row[:, None] & (ranks < rank)[None, :])
+    tl.store(target, total.to(low.dtype.element_ty), mask=is_row[:, None] & (ranks < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "share"])  # type: ignore[untyped-decorator]
+@kernel("tokens", "share", warps=GRADIENT_WARPS)
 def _find_factor_gradient(  # type: ignore[no-untyped-def]
     hidden, kept, of_low, sums, tokens, columns, rank, share,
     ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
@@ -159,9 +159,19 @@ def _find_factor_gradient(  # type: ignore[no-untyped-def]
     tl.store(target, total, mask=(ranks < rank)[:, None] & (column < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
+@kernel("parts", warps=WARPS)
+def _add_parts(target, sums, size, parts, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < size
+    total = tl.load(target + places, mask=inside, other=0.0)
+    for part in range(parts):
+        total += tl.load(sums + part * size + places, mask=inside, other=0.0)
+    tl.store(target + places, total, mask=inside)
+
+
+@kernel("tokens", warps=GRADIENT_WARPS)
 def _add_product(  # type: ignore[no-untyped-def]
-    target, left, right, kept, tokens, columns, rank, row_stride, column_stride,
+    target, left, right, kept, tokens, columns, rank, row_stride, column_stride, scale,
     ONTO: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -170,7 +180,7 @@ def _add_product(  # type: ignore[no-untyped-def]
     is_row, is_column, is_rank = rows < tokens, column < columns, ranks < rank
     factor = tl.load(left + rows[:, None] * rank + ranks[None, :], mask=is_row[:, None] & is_rank[None, :], other=0.0)
     other = tl.load(right + ranks[:, None] * row_stride + column[None, :] * column_stride, mask=is_rank[:, None] & is_column[None, :], other=0.0)
-    change = tl.dot(factor, other, input_precision="ieee")
+    change = tl.dot(factor, other, input_precision="ieee") * scale
     if DROPPED:
         byte = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
         width = tl.cdiv(columns, 8 * GROUP) * GROUP

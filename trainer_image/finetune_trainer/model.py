@@ -205,7 +205,10 @@ def block_spec(architecture: Architecture, transformer: TransformerConfig, ranks
     This is the one place where the module of a whole layer (``ModuleSpec.module``, a TransformerLayer) is chosen.
     """
     if has_transformer_engine() and transformer.attention_backend is not AttnBackend.local:
-        return _with_activation(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_layernorm))
+        from finetune_trainer.packed_attention import PackedAttention
+
+        fused = _with_activation(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_layernorm))
+        return _change(fused, self_attention=_change(fused.submodules.self_attention, core_attention=PackedAttention))
     spec = _with_activation(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_layernorm))
     qk_norm = {"q_layernorm": SeparateRMSNorm, "k_layernorm": SeparateRMSNorm} if architecture.qk_layernorm else {}
     attention = _change(spec.submodules.self_attention, core_attention=SdpaAttention, **qk_norm)

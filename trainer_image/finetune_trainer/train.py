@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from finetune_trainer import loss, megatron_cpu, training_state
+from finetune_trainer import lora, loss, megatron_cpu, training_state
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.contract import ConfigurationError, CurvePoint, NumericError, Preempted, RunConfig, TrainingConfig
 from finetune_trainer.data import Batch, Rows, collate, micro_batches, order
@@ -84,6 +84,8 @@ def prepare(chunks: Sequence[Any], family: Family, hf_config: Mapping[str, Any],
         check_for_nan_in_grad=False,  # the gradient's norm shows it, and names the step
     )
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    if not parallelism.overlap_grad_reduce:
+        lora.add_gradients_in_place(wrapped)
     optimizer = get_megatron_optimizer(_optimizer_config(config), wrapped)
     _use_fast_loops(optimizer)
     for chunk in wrapped:

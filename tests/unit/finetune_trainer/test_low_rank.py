@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune_trainer.low_rank import Lower, Raise
+from finetune_trainer.low_rank import Lower, Raise, share_kept, threshold
 
 SCALE = 3.0
 
@@ -16,11 +16,8 @@ def made(*shape: int) -> torch.Tensor:
 
 def adapted(hidden: torch.Tensor, base: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, dropout: float, *, after: bool) -> torch.Tensor:
     """As LoraLinear puts them together; ``after`` says that A stands beside what the base has made of hidden, as where a layer begins with its norm."""
-    if after:
-        _, low = Lower.apply(hidden, lora_a, dropout, SCALE)
-        return Raise.apply(torch.nn.functional.linear(hidden, base), low, lora_b)
-    hidden, low = Lower.apply(hidden, lora_a, dropout, SCALE)
-    return Raise.apply(torch.nn.functional.linear(hidden, base), low, lora_b)
+    through, low = Lower.apply(hidden, lora_a, dropout, None)
+    return Raise.apply(torch.nn.functional.linear(hidden if after else through, base), low, lora_b, SCALE / share_kept(dropout), None)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -33,8 +30,8 @@ def test_values_and_gradients_are_those_of_the_formula(dropout: float, after: bo
     output.backward(above)
     theirs = [tensor.clone().requires_grad_() for tensor in (hidden, lora_a, lora_b)]
     torch.manual_seed(1)
-    kept = torch.empty(10, 7, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else torch.ones(10, 7)
-    dropped = theirs[0] * kept.view(5, 2, 7) / (1 - dropout)
+    kept = torch.empty(10, 7, dtype=torch.bool).bernoulli_(share_kept(dropout)) if dropout else torch.ones(10, 7)
+    dropped = theirs[0] * kept.view(5, 2, 7) / share_kept(dropout)
     expected = theirs[0] @ base.t() + SCALE * (dropped @ theirs[1].t()) @ theirs[2].t()
     expected.backward(above)
     assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12)
@@ -43,18 +40,40 @@ def test_values_and_gradients_are_those_of_the_formula(dropout: float, after: bo
         assert torch.allclose(mine.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_are_added_where_the_caller_says_and_autograd_gets_none(dropout: float, dtype: torch.dtype) -> None:
+    hidden, base, above = (tensor.to(dtype) for tensor in (made(5, 7), made(6, 7), made(5, 6)))
+    factors = [made(3, 7).to(dtype).requires_grad_(), made(6, 3).to(dtype).requires_grad_()]
+    sums = [torch.full(factor.shape, 0.5) for factor in factors]
+    for into in ([None, None], sums, sums):
+        torch.manual_seed(1)
+        through, low = Lower.apply(hidden.requires_grad_(), factors[0], dropout, into[0])
+        Raise.apply(torch.nn.functional.linear(through, base), low, factors[1], SCALE / share_kept(dropout), into[1]).backward(above)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for factor, total in zip(factors, sums, strict=True):
+        assert factor.grad.norm() > 0, "of the first pass alone"
+        assert torch.allclose(total, 0.5 + 2 * factor.grad.float(), rtol=tolerance, atol=tolerance * float(factor.grad.abs().max()))
+
+
+def test_dropout_keeps_something_and_is_a_multiple_of_what_16_bits_can_say() -> None:
+    assert [threshold(dropout) for dropout in (0.0, 0.5, 0.05, 1.0)] == [0, 2**15, 3277, 2**16 - 1]
+    assert share_kept(0.0) == 1.0
+    assert share_kept(0.05) == pytest.approx(0.95, abs=1e-5)
+
+
 def test_behind_a_frozen_input_the_factors_alone_get_gradients_and_the_base_makes_none() -> None:
     lora_a, lora_b = made(3, 7).requires_grad_(), made(6, 3).requires_grad_()
-    hidden, low = Lower.apply(made(4, 7), lora_a, 0.0, SCALE)
+    hidden, low = Lower.apply(made(4, 7), lora_a, 0.0, None)
     assert not hidden.requires_grad
-    Raise.apply(torch.nn.functional.linear(hidden, made(6, 7)), low, lora_b).sum().backward()
+    Raise.apply(torch.nn.functional.linear(hidden, made(6, 7)), low, lora_b, SCALE, None).sum().backward()
     assert lora_a.grad.norm() > 0
     assert lora_b.grad.norm() > 0
 
 
 def test_a_layer_that_keeps_its_own_output_is_found_out() -> None:
     hidden = made(4, 6).requires_grad_()
-    raised = Raise.apply(hidden.exp(), made(4, 3), made(6, 3))
+    raised = Raise.apply(hidden.exp(), made(4, 3), made(6, 3), SCALE, None)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         raised.sum().backward()
 
@@ -62,8 +81,8 @@ def test_a_layer_that_keeps_its_own_output_is_found_out() -> None:
 def test_the_base_s_output_is_overwritten_and_hidden_is_not_copied() -> None:
     hidden, output = made(4, 7), made(4, 6)
     before = output.clone()
-    through, low = Lower.apply(hidden, made(3, 7), 0.0, SCALE)
-    raised = Raise.apply(output, low, made(6, 3))
+    through, low = Lower.apply(hidden, made(3, 7), 0.0, None)
+    raised = Raise.apply(output, low, made(6, 3), SCALE, None)
     assert through.data_ptr() == hidden.data_ptr()
     assert raised.data_ptr() == output.data_ptr()
     assert not torch.equal(raised, before)
@@ -78,7 +97,7 @@ def test_what_is_kept_for_the_gradient_is_the_input_itself_and_a_byte_for_each_n
 
     hidden = made(4, 7)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        Lower.apply(hidden.requires_grad_(), made(3, 7).requires_grad_(), 0.5, SCALE)
+        Lower.apply(hidden.requires_grad_(), made(3, 7).requires_grad_(), 0.5, None)
     assert sorted((tensor.numel() * tensor.itemsize, tensor.data_ptr() == hidden.data_ptr()) for tensor in kept) == [
         (28, False),
         (168, False),
