@@ -35,7 +35,7 @@ types: setup
 	$(PYTHON) -m mypy
 
 test-gpu: ## tests/gpu with the interpreter given (make test-gpu PYTHON=python3); installs nothing. ARGS: more for pytest
-	PYTHONPATH=trainer_image:operator$${PYTHONPATH:+:$$PYTHONPATH} $(TESTS) tests/gpu $(ARGS)
+	PYTHONPATH=trainer_image:operator$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) tests/gpu/side_by_side.py $(ARGS)
 
 bench-gpu: ## our engine beside ms-swift on two GPUs (make bench-gpu WORK=lora-long-best,start PYTHON=python3); installs nothing. ARGS: more
 	PYTHONPATH=trainer_image:operator$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) tests/bench/gpu.py "$(WORK)" $(ARGS)

@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 
-from factories import make_rows, make_tiny_model
+from factories import make_rows, make_tiny_model, make_tokenizer
 from gang import CPU_ONLY, Gang
+from gpu_runs import run_command
 
 HERE = Path(__file__).parent
 NEEDED_GPUS = {"one_gpu": 1, "gpu2": 2, "gpu4": 4}
@@ -189,3 +190,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pa
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_rows(tmp_path_factory.mktemp("rows"), 40)
+
+
+@pytest.fixture(scope="session")
+def reference_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With ms-swift's tokenizer where it is at hand: its chat template names that."""
+    folder = tmp_path_factory.mktemp("reference")
+    stack = os.environ.get("GPU_STACK")
+    tokenizer = Path(stack) / "tok" if stack else make_tokenizer(folder / "tokenizer")
+    run_command([sys.executable, str(HERE / "reference_model.py"), str(folder / "Qwen2.5-7B-Instruct"), str(tokenizer)], 200)
+    return folder / "Qwen2.5-7B-Instruct"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,15 @@ from finetune_trainer.contract import RunConfig, Verification
 from finetune_trainer.parallel import Ranks
 from small_models import Layout
 from small_runs import Job, Outcome
+
+
+def run_command(command: Sequence[str], deadline_seconds: float, **environment: str) -> str:
+    """Run a command to its end; its output, which is the message when it fails."""
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=deadline_seconds, check=False
+    )
+    assert done.returncode == 0, f"{command[0]} ended with {done.returncode}\n{done.stdout[-6000:]}"
+    return done.stdout
 
 
 def forget_attention_backend() -> None:
