@@ -172,7 +172,8 @@ class Cluster:
         before = job.status
         if status == before:
             return False
-        patch = {"metadata": {"resourceVersion": str(job.resource_version)}, "status": merge_patch(dump_status(before), dump_status(status))}
+        dumped = dump_status(status)
+        patch = {"metadata": {"resourceVersion": str(job.resource_version)}, "status": merge_patch(job.dumped, dumped)}
         path = f"/apis/{names.API_VERSION}/namespaces/{job.key[0]}/{names.PLURAL}/{job.key[1]}/status"
         params = {"fieldManager": names.OPERATOR}
         job.rest()  # this may wait for its turn until all gangs of a burst are made
@@ -185,7 +186,7 @@ class Cluster:
         if status.progress != before.progress:
             self.poller.note_written(job.key)
         _count(job.key[0], before, status)
-        job.note_written(int(answer.body["metadata"]["resourceVersion"]), status)
+        job.note_written(int(answer.body["metadata"]["resourceVersion"]), dumped)
         return True
 
     async def _delete(self, job: JobRecord, deletions: Iterable[Deletion]) -> None:

@@ -207,7 +207,7 @@ class Operator:
 
 
 def _note(kind: str | None) -> None:
-    metrics.WATCH_EVENTS.labels(kind or "LISTED").inc()
+    metrics.watch_events(kind or "LISTED").inc()
 
 
 def lighten(raw: dict[str, Any]) -> None:

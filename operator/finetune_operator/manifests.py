@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -91,7 +92,7 @@ def pod(plan: Plan, node_rank: int, owner: Owner, settings: Settings) -> Json:
     made: Json = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": _pod_spec(plan, node, owner, settings)}
     template = plan.job.spec.nodes.pod_template
     if template is not None:
-        made = overlay.lay(template.metadata or {}, template.spec or {}, made, kept_mounts=frozenset((_run_folder(settings),)))
+        made = overlay.lay(template.metadata or {}, template.spec or {}, made, kept_mounts=frozenset((_split(settings.run_file)[0],)))
         _check_annotations(made["metadata"]["annotations"], "spec.nodes.podTemplate.metadata.annotations")
         if not settings.allow_privileged_templates:
             made["spec"] = confinement.confine(made["spec"], template.spec or {})
@@ -204,13 +205,16 @@ def _resources(plan: Plan) -> Json:
     return {part: {name: str(amount) for name, amount in amounts.items()} for part, amounts in parts.items() if amounts}
 
 
-def _run_folder(settings: Settings) -> str:
-    return str(PurePosixPath(settings.run_file).parent)
+@cache
+def _split(run_file: str) -> tuple[str, str]:
+    """Folder and name of RunConfig's file. Remembered: the settings have one, and it takes longer to take a path apart than to make all mounts."""
+    path = PurePosixPath(run_file)
+    return str(path.parent), path.name
 
 
 def _mounts(settings: Settings) -> list[Json]:
     mounts = {
-        RUN_VOLUME: _run_folder(settings),
+        RUN_VOLUME: _split(settings.run_file)[0],
         WORK_VOLUME: settings.work_mount,
         CACHE_VOLUME: settings.cache_mount,
         MEMORY_VOLUME: "/dev/shm",
@@ -223,7 +227,7 @@ def _volumes(plan: Plan, settings: Settings) -> list[Json]:
     volumes, memory = plan.job.spec.volumes, plan.job.spec.nodes.shared_memory
     annotation = {"fieldPath": f"metadata.annotations['{names.RUN_CONFIG_ANNOTATION}']"}
     sources: dict[str, Json] = {
-        RUN_VOLUME: {"downwardAPI": {"items": [{"path": PurePosixPath(settings.run_file).name, "fieldRef": annotation}]}},
+        RUN_VOLUME: {"downwardAPI": {"items": [{"path": _split(settings.run_file)[1], "fieldRef": annotation}]}},
         WORK_VOLUME: _claimed(_work_claim_name(plan, settings)),
         CACHE_VOLUME: _claimed(volumes.cache.claim_name) if volumes.cache else {"emptyDir": {}},
         MEMORY_VOLUME: {"emptyDir": {"medium": "Memory", "sizeLimit": str(memory if memory is not None else settings.shared_memory)}},

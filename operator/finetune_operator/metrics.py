@@ -40,6 +40,18 @@ def request_seconds(method: str) -> Histogram:
     return REQUEST_SECONDS.labels(method)
 
 
+@cache
+def reconciles(result: str) -> Counter:
+    """Decisions that ended so."""
+    return RECONCILES.labels(result)
+
+
+@cache
+def watch_events(kind: str) -> Counter:
+    """What watches have told of this kind."""
+    return WATCH_EVENTS.labels(kind)
+
+
 @dataclass(frozen=True)
 class JobSample:
     """One job, as metrics show it."""

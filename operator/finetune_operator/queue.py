@@ -107,13 +107,13 @@ class Queue:
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one job must not end the work on the others
             entry.failures += 1
             again = min(FIRST_RETRY_SECONDS * 2 ** (entry.failures - 1), LONGEST_RETRY_SECONDS)
-            metrics.RECONCILES.labels("error").inc()
+            metrics.reconciles("error").inc()
             self._log(key, error, "again in %.1f s", again)
             if entry.failures == COMPLAIN_AFTER:
                 await self._complain(key, error)
         else:
             entry.failures = 0
-            metrics.RECONCILES.labels("success").inc()
+            metrics.reconciles("success").inc()
         return again
 
     async def _complain(self, key: Key, error: Exception) -> None:

@@ -53,7 +53,13 @@ class JobRecord:
     @cached_property
     def status(self) -> Status:
         """Its status as it was last told, or written."""
-        return Status.model_validate(orjson.loads(self.written))
+        return Status.model_validate(self.dumped)
+
+    @property
+    def dumped(self) -> dict[str, Any]:
+        """The same, as `dump_status` has it."""
+        body: dict[str, Any] = orjson.loads(self.written)
+        return body
 
     @cached_property
     def parsed(self) -> FineTuneJob | InvalidJob:
@@ -73,13 +79,13 @@ class JobRecord:
 
     def sample(self) -> JobSample:
         """What metrics show of it; without the models, which would stay."""
-        status = orjson.loads(self.written)
+        status = self.dumped
         return JobSample(*self.key, status.get("phase", "Pending"), None if "completionTime" in status else status.get("progress"))
 
-    def note_written(self, resource_version: int, status: Status) -> None:
-        """Take in a status that was written: what a watch tells of it later is no news."""
+    def note_written(self, resource_version: int, dumped: dict[str, Any]) -> None:
+        """Take in a status that was written, as `dump_status` has it: what a watch tells of it later is no news."""
         if resource_version > self.resource_version:
-            self.resource_version, self.written = resource_version, pack(dump_status(status))
+            self.resource_version, self.written = resource_version, pack(dumped)
             self.__dict__.pop("status", None)
 
 
