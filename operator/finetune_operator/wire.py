@@ -1,6 +1,6 @@
 """HTTP/1.1 as far as short requests to the API server need it: a request as a whole, its answer as a whole, over connections that are kept.
 
-A general client spends five times the CPU on this (docs/decisions/0014-short-requests-without-a-client.md). What is a stream (watches) or talks to
+A general client takes twice the CPU for this (docs/decisions/0014-short-requests-without-a-client.md). What is a stream (watches) or talks to
 somebody else goes by aiohttp, and what goes wrong here is told by aiohttp's exceptions, so that nobody need know which of the two it was.
 """
 
