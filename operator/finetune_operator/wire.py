@@ -1,6 +1,6 @@
-"""HTTP/1.1 as far as short requests to the API server need it: a request as a whole, its answer as a whole, over connections that are kept.
+"""Short requests to the API server: each is one write, its answer is read as a whole, over connections that are kept.
 
-A general client takes twice the CPU for this (docs/decisions/0014-short-requests-without-a-client.md). What is a stream (watches) or talks to
+httptools (the parser of Node.js) reads the answers. A general client takes twice the CPU for a request (docs/decisions/0015-short-requests-without-a-client.md). What is a stream (watches) or talks to
 somebody else goes by aiohttp, and what goes wrong here is told by aiohttp's exceptions, so that nobody need know which of the two it was.
 """
 
@@ -15,14 +15,12 @@ from typing import cast
 from urllib.parse import quote, urlsplit
 
 import aiohttp
+import httptools
 
 KEPT_SECONDS = 15.0
 """A connection that was idle for longer is not used again: the API server, or something between, may be about to close it."""
-LONGEST_HEAD = 65536
 REPEATABLE = frozenset(("GET", "PUT", "DELETE"))
 """Methods that are tried again on a new connection when a kept one turns out to be closed."""
-EMPTY = (204, 304)
-"""Answers without a body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,67 +31,50 @@ class Reply:
     headers: Mapping[str, str]
     """By their names in lower case."""
     content: bytes
-    size: int
-    """Bytes of all of it."""
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the server closes the connection after it."""
-        return self.headers.get("connection", "").lower() == "close"
+    is_last: bool
+    """Whether the server closes the connection after it."""
 
 
-def read_reply(data: bytearray) -> Reply | None:
-    """The answer that some bytes begin with; None while it is not whole. Raises ValueError where it is none."""
-    end = data.find(b"\r\n\r\n")
-    if end < 0:
-        if len(data) > LONGEST_HEAD:
-            raise ValueError(f"{len(data)} bytes have come, and no end of the headers")
-        return None
-    first, *lines = data[:end].decode("latin-1").split("\r\n")
-    version, _, rest = first.partition(" ")
-    if version != "HTTP/1.1":
-        raise ValueError(f"the answer begins with {first[:80]!r}")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    status = int(rest[:3])
-    body = _read_body(data, end + 4, status, headers)
-    return None if body is None else Reply(status, headers, *body)
+class Reader:
+    """Puts answers together from what comes over one connection."""
 
+    def __init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.replies: list[Reply] = []
+        self.is_inside = False
+        """Whether a part of an answer has come, and not yet all of it."""
 
-def _read_body(data: bytearray, start: int, status: int, headers: Mapping[str, str]) -> tuple[bytes, int] | None:
-    """The body that begins at ``start``, and where it ends; None while it is not whole."""
-    if status in EMPTY:
-        return b"", start
-    if headers.get("transfer-encoding", "").lower() == "chunked":
-        return _read_chunks(data, start)
-    if "content-length" not in headers:
-        raise ValueError(f"an answer {status} of unknown length")
-    end = start + int(headers["content-length"])
-    return None if len(data) < end else (bytes(data[start:end]), end)
+    def read(self, data: bytes) -> list[Reply]:
+        """The answers that are whole with these bytes. Raises httptools.HttpParserError where they belong to none."""
+        self.replies = []
+        self.parser.feed_data(data)
+        return self.replies
 
+    def on_message_begin(self) -> None:
+        """Called by the parser."""
+        self.is_inside = True
+        self.headers: dict[str, str] = {}
+        self.chunks: list[bytes] = []
 
-def _read_chunks(data: bytearray, start: int) -> tuple[bytes, int] | None:
-    """As `_read_body`. Nothing is copied before the last chunk has come: a list of pods has many."""
-    chunks: list[slice] = []
-    while (line_end := data.find(b"\r\n", start)) >= 0:
-        size = int(data[start:line_end].partition(b";")[0], 16)
-        start = line_end + 2
-        end = start + size
-        if len(data) < end + 2:
-            return None
-        if data[end : end + 2] != b"\r\n":
-            raise ValueError("a chunk that does not end where it should")
-        if size == 0:
-            return b"".join(data[chunk] for chunk in chunks), end + 2
-        chunks.append(slice(start, end))
-        start = end + 2
-    return None
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser."""
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_body(self, chunk: bytes) -> None:
+        """Called by the parser."""
+        self.chunks.append(chunk)
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self.is_inside = False
+        self.replies.append(Reply(self.parser.get_status_code(), self.headers, b"".join(self.chunks), not self.parser.should_keep_alive()))
 
 
 class Wire(asyncio.Protocol):
     """One connection: a request, its answer, then the next request."""
 
     def __init__(self) -> None:
-        self.received = bytearray()
+        self.reader = Reader()
         self.answer: asyncio.Future[Reply] | None = None
         self.idle_since: float | None = None
         """Monotonic; None: it was never used."""
@@ -125,17 +106,15 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop. What comes unasked, or after an answer, is nobody's: the connection cannot be trusted any more."""
-        self.received += data
         try:
-            reply = read_reply(self.received)
-        except ValueError as error:
+            replies = self.reader.read(data)
+        except httptools.HttpParserError as error:
             self._end(aiohttp.ClientPayloadError(f"an answer cannot be read: {error}"))
             return
-        if self.answer is None or (reply is not None and reply.size != len(self.received)):
+        if self.answer is None or len(replies) > 1 or (replies and self.reader.is_inside):
             self._end(aiohttp.ClientPayloadError("more has come than was asked for"))
-        elif reply is not None and not self.answer.done():
-            self.received.clear()
-            self.answer.set_result(reply)
+        elif replies and not self.answer.done():
+            self.answer.set_result(replies[0])
 
     def connection_lost(self, error: Exception | None) -> None:
         """Called by the event loop."""
