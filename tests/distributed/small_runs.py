@@ -121,6 +121,24 @@ def explode(trainer: Any) -> None:
         chunk.module.register_forward_hook(hook)
 
 
+def expect_gradients_in_place(trainer: Any) -> None:
+    """Fail unless each factor of an adapter adds its gradient to ``main_grad`` itself."""
+    assert all(factor.sums is factor.weight.main_grad for factor in _factors(trainer))
+
+
+def expect_gradients_of_autograd(trainer: Any) -> None:
+    """Fail if a factor of an adapter adds its gradient anywhere itself."""
+    assert all(factor.sums is None for factor in _factors(trainer))
+
+
+def _factors(trainer: Any) -> list[Any]:
+    from finetune_trainer import lora
+
+    factors = [factor for _, layer in lora.adapters(trainer.chunks) for factor in (layer.lora_A, layer.lora_B)]
+    assert factors
+    return factors
+
+
 def export_megatron(job: Job, folder: Path, *, write: bool) -> list[str]:
     """Train, write the megatron format when asked to, and read it back: names of weights that differ from the model's."""
     from finetune_trainer import checkpoint

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 INTERPRETED = """
 import json, torch
@@ -176,3 +177,38 @@ def test_kernels_compile_for_a_hopper_gpu(tmp_path: object) -> None:
     sizes = [int(line) for line in done.stdout.split()]
     assert len(sizes) == 8
     assert min(sizes) > 1000
+
+
+ARGUMENTS = [
+    0,
+    1,
+    2,
+    15,
+    16,
+    17,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    -(2**31) - 1,
+    2**40,
+    0.0,
+    1.0,
+    2.5,
+    *(torch.zeros(9)[place:] for place in (0, 1, 4, 8)),
+    torch.zeros(9, dtype=torch.uint8),
+]
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+def test_arguments_that_are_described_alike_are_alike_for_triton(is_free: bool) -> None:
+    """So that what was compiled for one is right for the other."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    from finetune_trainer.kernel_launch import _describe
+
+    found: dict[Any, set[Any]] = {}
+    for argument in ARGUMENTS:
+        found.setdefault((type(argument), _describe(argument, is_free)), set()).add(native_specialize_impl(CUDABackend, argument, False, not is_free, True))
+    assert {description: kinds for description, kinds in found.items() if len(kinds) > 1} == {}
+    assert len(found) > 5

@@ -11,7 +11,7 @@ import pytest
 from factories import make_rows, make_tiny_model
 from finetune_trainer.contract import ConfigurationError, NumericError
 from gang import Gang
-from small_runs import Job, explode, lose_the_gradient, train
+from small_runs import Job, expect_gradients_in_place, expect_gradients_of_autograd, explode, lose_the_gradient, train
 
 TOLERANCE = 1e-5
 LORA: dict[str, Any] = {}
@@ -114,3 +114,8 @@ def test_sgd_trains_on_a_shared_optimizer(gang1: Gang, gang2: Gang, models: dict
     alone = gang1.run(train, Job(models["llama"], rows, tmp_path / "a", training=training))[0]
     shared = gang2.run(train, Job(models["llama"], rows, tmp_path / "b", training=training, parallelism={"tensorModelParallelSize": 1}))[0]
     assert shared.losses == pytest.approx(alone.losses, abs=TOLERANCE)
+
+
+def test_adapters_add_their_gradients_in_place_but_where_megatron_waits_for_each(models: dict[str, Path], rows: Path, gang2: Gang, tmp_path: Path) -> None:
+    gang2.run(train, Job(models["llama"], rows, tmp_path / "plain", parallelism=LAYOUTS["dp2"][1]), expect_gradients_in_place)
+    gang2.run(train, Job(models["llama"], rows, tmp_path / "overlap", parallelism=LAYOUTS["dp2-overlap"][1]), expect_gradients_of_autograd)

@@ -22,12 +22,12 @@ class Kernel:
         """``free`` names the numbers that change from launch to launch: for these nothing is compiled again."""
         self.function = triton.jit(do_not_specialize=list(free))(function)
         self.warps = warps
-        self.free = [name in free for name in self.function.arg_names]
+        self.is_free = [name in free for name in self.function.arg_names]
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def launch(self, grid: Grid, *arguments: Argument) -> None:
-        """Run on the current stream of the first argument's device."""
-        key = (arguments[0].device.index, *map(_kind, arguments, self.free))  # type: ignore[union-attr]
+        """Run on the current stream of the current device, where the arguments are."""
+        key = (arguments[0].device.index, *map(_describe, arguments, self.is_free))  # type: ignore[union-attr]
         compiled = self.compiled.get(key)
         if compiled is None:
             self.compiled[key] = self.function[grid](*arguments, num_warps=self.warps)
@@ -40,10 +40,10 @@ def kernel(*free: str, warps: int) -> Callable[[Callable[..., Any]], Kernel]:
     return lambda function: Kernel(function, free, warps)
 
 
-def _kind(argument: Argument, free: bool) -> Any:
+def _describe(argument: Argument, is_free: bool) -> Any:
     """What may be compiled for an argument: a tensor's type, and whether it lies at a multiple of 16 bytes; a number that is not free; whether a free one has 32 bits; nothing for a float."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, float):
         return None
-    return -(2**31) <= argument < 2**31 if free else argument
+    return -(2**31) <= argument < 2**31 if is_free else argument

@@ -234,9 +234,9 @@ def adapters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoraLinea
 
 
 def add_gradients_in_place(chunks: Sequence[torch.nn.Module]) -> None:
-    """Have the adapters add their gradients to ``main_grad`` themselves: not rounded to the weight's type before, and without a hook's call and a kernel for each weight.
+    """Have the adapters add their gradients to ``main_grad`` themselves: not rounded to the weight's type before, and without a tensor and an addition of their own for each weight.
 
-    The chunks are in Megatron's DistributedDataParallel. Not for overlapGradReduce, where the hook is what tells that a gradient is there.
+    The chunks are in Megatron's DistributedDataParallel. Not for overlapGradReduce: there Megatron's hook insists on a gradient from autograd.
     """
     for _, layer in adapters(chunks):
         layer.lora_A.add_in_place()

@@ -84,9 +84,9 @@ class Raise(torch.autograd.Function):
         (gradient,) = gradients
         low, factor = ctx.saved_tensors
         flat = gradient.flatten(0, -2)
-        of_low = torch.empty_like(low)
-        torch.addmm(of_low.flatten(0, -2), flat, factor, beta=0, alpha=ctx.scale, out=of_low.flatten(0, -2))
-        return gradient, of_low, _sum_product(flat.t(), low.flatten(0, -2), ctx.scale, ctx.sums), None, None
+        of_low = flat.new_empty(flat.shape[0], factor.shape[1])
+        torch.addmm(of_low, flat, factor, beta=0, alpha=ctx.scale, out=of_low)
+        return gradient, of_low.view(low.shape), _sum_product(flat.t(), low.flatten(0, -2), ctx.scale, ctx.sums), None, None
 
 
 def _has_kernels(hidden: Tensor, rank: int) -> bool:
@@ -114,7 +114,7 @@ def _sum_product(left: Tensor, right: Tensor, scale: float, sums: Tensor | None)
     elif sums.is_cuda:
         torch.addmm(sums, left, right, out_dtype=sums.dtype, alpha=scale, out=sums)
     else:
-        sums.add_(torch.mm(left, right), alpha=scale)
+        sums.addmm_(left.to(sums.dtype), right.to(sums.dtype), alpha=scale)
     return None
 
 

@@ -36,12 +36,12 @@ def lower(hidden: Tensor, factor: Tensor, threshold: int) -> tuple[Tensor, Tenso
     hidden, factor = hidden.contiguous(), factor.contiguous()
     (tokens, columns), rank = hidden.shape, factor.shape[0]
     low = torch.empty(tokens, rank, dtype=hidden.dtype, device=hidden.device)
-    kept = torch.empty(tokens, _blocks(columns, BLOCK) * GROUP, dtype=torch.uint8, device=hidden.device)
+    kept = torch.empty(tokens, _count_blocks(columns, BLOCK) * GROUP, dtype=torch.uint8, device=hidden.device)
     if tokens:
         rows = FEW_ROWS if tokens <= FEW_TOKENS else ROWS
         seed, place = _draw(hidden.device)
         sizes = (rows, GROUP, _padded(rank), ROUNDS)
-        _lower.launch((_blocks(tokens, rows),), hidden, factor, low, kept, tokens, columns, rank, seed, place, threshold, *sizes)
+        _lower.launch((_count_blocks(tokens, rows),), hidden, factor, low, kept, tokens, columns, rank, seed, place, threshold, *sizes)
     return low, kept
 
 
@@ -50,12 +50,12 @@ def add_factor_gradient(target: Tensor, hidden: Tensor, kept: Tensor, of_low: Te
     hidden, of_low = hidden.contiguous(), of_low.contiguous()
     assert target.is_contiguous(), f"rows of {target.shape[1]} numbers lie {target.stride()} apart"
     (tokens, columns), rank = hidden.shape, of_low.shape[1]
-    blocks, rows = _blocks(columns, BLOCK), GRADIENT_ROWS
-    parts = max(1, min(_blocks(tokens, 4 * rows), _blocks(PROGRAMS, blocks)))
-    share = _blocks(_blocks(tokens, parts), rows) * rows
+    blocks, rows = _count_blocks(columns, BLOCK), GRADIENT_ROWS
+    parts = max(1, min(_count_blocks(tokens, 4 * rows), _count_blocks(PROGRAMS, blocks)))
+    share = _count_blocks(_count_blocks(tokens, parts), rows) * rows
     sums = torch.empty(parts, rank, columns, dtype=torch.float32, device=hidden.device)
     _find_factor_gradient.launch((blocks, parts), hidden, kept, of_low, sums, tokens, columns, rank, share, rows, GROUP, _padded(rank))
-    _add_parts.launch((_blocks(target.numel(), SUMS_BLOCK),), target, sums, target.numel(), parts, SUMS_BLOCK)
+    _add_parts.launch((_count_blocks(target.numel(), SUMS_BLOCK),), target, sums, target.numel(), parts, SUMS_BLOCK)
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, kept: Tensor | None = None, scale: float = 1.0, *, onto: bool = True) -> None:
@@ -64,7 +64,7 @@ def add_product(target: Tensor, left: Tensor, right: Tensor, kept: Tensor | None
     left = left.contiguous()
     (tokens, columns), rank = target.shape, left.shape[1]
     if tokens:
-        grid = (_blocks(tokens, GRADIENT_ROWS), _blocks(columns, BLOCK))
+        grid = (_count_blocks(tokens, GRADIENT_ROWS), _count_blocks(columns, BLOCK))
         sizes = (GRADIENT_ROWS, GROUP, _padded(rank))
         _add_product.launch(
             grid, target, left, right, left if kept is None else kept, tokens, columns, rank, *right.stride(), scale, onto, kept is not None, *sizes
@@ -81,7 +81,7 @@ def _draw(device: torch.device) -> tuple[int, int]:
     return generator.initial_seed(), place
 
 
-def _blocks(size: int, block: int) -> int:
+def _count_blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 

@@ -36,6 +36,7 @@ class PackedAttention(TEDotProductAttention):
         self.takes_cudnn: dict[bool, bool] = {}
         """By whether the module is in training."""
         if self.config.attention_dropout == 0:
+            # cuDNN's call takes a place in a random sequence even so: of torch's own generator now, which moves on alike on all tensor-parallel ranks.
             self.fused_attention.attention_dropout_ctx = contextlib.nullcontext
 
     def forward(
@@ -49,8 +50,9 @@ class PackedAttention(TEDotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Query [tokens, heads, dim], key and value [tokens, groups, dim] -> [tokens, heads * dim]; what is not packed and causal goes to the base class."""
+        is_packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         is_causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        may_go_straight = self.can_go_straight and packed_seq_params is not None and is_causal and attention_bias is None
+        may_go_straight = self.can_go_straight and is_packed and is_causal and attention_bias is None
         if may_go_straight and self.takes_cudnn.get(self.training):
             return self._go_straight(query, key, value, packed_seq_params)
         output: Tensor = super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)

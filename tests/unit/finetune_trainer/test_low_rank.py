@@ -56,6 +56,25 @@ def test_gradients_are_added_where_the_caller_says_and_autograd_gets_none(dropou
         assert torch.allclose(total, 0.5 + 2 * factor.grad.float(), rtol=tolerance, atol=tolerance * float(factor.grad.abs().max()))
 
 
+def test_sums_are_finer_than_the_type_of_the_factors() -> None:
+    hidden, base = made(50, 7).to(torch.bfloat16), made(6, 7).to(torch.bfloat16)
+    factors = [made(3, 7).to(torch.bfloat16).requires_grad_(), made(6, 3).to(torch.bfloat16).requires_grad_()]
+    sums = [torch.zeros(factor.shape) for factor in factors]
+    through, low = Lower.apply(hidden, factors[0], 0.0, sums[0])
+    Raise.apply(torch.nn.functional.linear(through, base), low, factors[1], SCALE, sums[1]).backward(made(50, 6).to(torch.bfloat16))
+    assert [torch.equal(total, total.to(torch.bfloat16).float()) for total in sums] == [False, False]
+    exact = SCALE * made(50, 6).to(torch.bfloat16).double().t() @ low.detach().double()
+    assert torch.allclose(sums[1].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_low_that_lies_otherwise_in_memory_gets_its_gradient() -> None:
+    low = made(3, 2, 4).transpose(0, 1).requires_grad_()
+    factor, above = made(6, 4).requires_grad_(), made(2, 3, 6)
+    Raise.apply(torch.zeros(2, 3, 6, dtype=torch.float64), low, factor, SCALE, None).backward(above)
+    assert low.grad is not None
+    assert torch.allclose(low.grad, SCALE * above @ factor.detach())
+
+
 def test_dropout_keeps_something_and_is_a_multiple_of_what_16_bits_can_say() -> None:
     assert [threshold(dropout) for dropout in (0.0, 0.5, 0.05, 1.0)] == [0, 2**15, 3277, 2**16 - 1]
     assert share_kept(0.0) == 1.0
