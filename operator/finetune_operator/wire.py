@@ -111,9 +111,9 @@ class Wire(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._end(aiohttp.ClientPayloadError(f"an answer cannot be read: {error}"))
             return
-        if self.answer is None or len(replies) > 1 or (replies and self.reader.is_inside):
+        if self.answer is None or self.answer.done() or len(replies) > 1 or (replies and self.reader.is_inside):
             self._end(aiohttp.ClientPayloadError("more has come than was asked for"))
-        elif replies and not self.answer.done():
+        elif replies:
             self.answer.set_result(replies[0])
 
     def connection_lost(self, error: Exception | None) -> None:
