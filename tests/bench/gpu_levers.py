@@ -1,35 +1,56 @@
-"""What each lever gives, alone: ``python gpu_levers.py sft FLAGS`` sets a run up as ``megatron sft FLAGS`` does, and then takes some steps with everything and some without each lever, in one process.
+"""What each lever gives, alone: ``python gpu_levers.py [--rounds N] [--only WORDS] [--record FILE] sft FLAGS`` sets a run up as ``megatron sft FLAGS`` does, and then takes some steps with everything and some without each lever, in turn, in one process.
 
-Prints a line for each: seconds of a step (median), and of one with everything over it. Trains as it goes; the last line of a lever is not to be compared with the first by its loss.
+Prints a line for each. Trains as it goes: losses are not to be compared.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
 
-ROUNDS, STEPS, WARM_UP = 2, 6, 2
-"""Every lever is visited so often, with so many steps of which the first are not counted."""
+STEPS, WARM_UP = 6, 2
+"""Steps of one visit, of which the first are not counted."""
 
 
-def launch_ranks(arguments: list[str]) -> int:
+@dataclass
+class Visits:
+    """What one lever's visits took, in seconds of a step; ``before`` are the steps with everything just before each visit."""
+
+    before: list[list[float]] = field(default_factory=list)
+    seconds: list[list[float]] = field(default_factory=list)
+    peak_gib: float = 0.0
+
+    def describe(self) -> str:
+        """Seconds of a step without the lever over seconds with it: by the medians of each visit and of the one before it, and by the fastest steps of all."""
+        ratios = [median(without) / median(having) for having, without in zip(self.before, self.seconds, strict=True)]
+        having, without = [value for visit in self.before for value in visit], [value for visit in self.seconds for value in visit]
+        return (
+            f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} rounds), fastest {min(without) / min(having):.3f}, "
+            f"{median(without):.4f} over {median(having):.4f} s/it, peak {self.peak_gib:.1f} GiB"
+        )
+
+
+def launch_ranks(options: argparse.Namespace) -> int:
     """`megatron sft`."""
     from finetune_trainer import cli, launch
 
-    launch.launch = functools.partial(launch.launch, program=(sys.executable, "-P", str(Path(__file__).resolve()), "rank"))
-    return cli.main(arguments)
+    how = json.dumps([options.rounds, options.only, options.record and str(options.record.absolute())])
+    launch.launch = functools.partial(launch.launch, program=(sys.executable, "-P", str(Path(__file__).resolve()), "rank", how))
+    return cli.main(options.command)
 
 
-def run_rank(arguments: list[str]) -> None:
+def run_rank(how: str, arguments: list[str]) -> None:
     """`python -m finetune_trainer RUN.json`, with the measurement in the place of training."""
     from finetune_trainer import __main__ as program
     from finetune_trainer.report import Report
@@ -40,37 +61,39 @@ def run_rank(arguments: list[str]) -> None:
         if name == "loading":
             from finetune_trainer import train
 
-            train.fit = measure
+            train.fit = functools.partial(measure, *json.loads(how))
         begin_stage(self, name)
 
     Report.stage = stage  # type: ignore[method-assign]
     program.main(arguments)
 
 
-def measure(trainer: Any, rows: Any, config: Any, ranks: Any, *_: Any) -> None:
+def measure(rounds: int, only: list[str], record: str | None, trainer: Any, rows: Any, config: Any, ranks: Any, *_: Any) -> None:
     """Takes the place of ``train.fit``, and ends the process."""
     import torch
 
     from finetune_trainer import train
 
     train.set_training(trainer, True)
-    seconds: dict[str, list[float]] = {}
-    peaks: dict[str, float] = {}
-    step = 0
-    for _ in range(ROUNDS):
-        for name, without in LEVERS.items():
+    levers = {name: lever for name, lever in LEVERS.items() if not only or any(words in name for words in only)}
+    visits = {name: Visits() for name in levers}
+    numbers = iter(range(sys.maxsize))
+
+    def visit() -> list[float]:
+        return [take_step(trainer, rows, config, ranks, next(numbers)) for _ in range(STEPS)][WARM_UP:]
+
+    for _ in range(rounds):
+        for name, without in levers.items():
+            visits[name].before.append(visit())
             torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
             with without(trainer):
-                for counted in range(STEPS):
-                    taken = take_step(trainer, rows, config, ranks, step)
-                    step += 1
-                    if counted >= WARM_UP:
-                        seconds.setdefault(name, []).append(taken)
-            peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+                visits[name].seconds.append(visit())
+            visits[name].peak_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     if ranks.rank == 0:
-        base = median(seconds["everything"])
-        for name, values in seconds.items():
-            print(f"{name}: {median(values):.4f} s/it, {base / median(values):.3f}, peak {peaks[name]:.1f} GiB", flush=True)
+        for name, of_lever in visits.items():
+            print(f"without {name}: {of_lever.describe()}", flush=True)
+        if record:
+            Path(record).write_text(json.dumps({name: asdict(of_lever) for name, of_lever in visits.items()}))
     torch.distributed.barrier()
     os._exit(0)
 
@@ -166,19 +189,57 @@ def without_kernels_of_swiglu(trainer: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_launching_as_compiled(trainer: Any) -> Iterator[None]:
+    """Kernels by Triton's own way: it looks at every argument of every launch."""
+    from finetune_trainer.kernel_launch import Kernel
+
+    def launch(self: Any, grid: Any, *arguments: Any) -> None:
+        self.function[grid](*arguments, num_warps=self.warps)
+
+    with mock.patch.object(Kernel, "launch", launch):
+        yield
+
+
+@contextlib.contextmanager
+def without_going_straight_to_cudnn(trainer: Any) -> Iterator[None]:
+    """Attention by transformer-engine's module, with its choice of a backend, and its own random states, at every call."""
+    from finetune_trainer.packed_attention import PackedAttention
+
+    modules = [module for chunk in trainer.chunks for module in chunk.modules() if isinstance(module, PackedAttention)]
+    before = [(module.can_go_straight, module.fused_attention.attention_dropout_ctx) for module in modules]
+    for module in modules:
+        module.can_go_straight, module.fused_attention.attention_dropout_ctx = False, module.rng_states_tracker.fork
+    try:
+        yield
+    finally:
+        for module, (can_go_straight, context) in zip(modules, before, strict=True):
+            module.can_go_straight, module.fused_attention.attention_dropout_ctx = can_go_straight, context
+
+
 LEVERS: dict[str, Callable[[Any], Any]] = {
-    "everything": contextlib.nullcontext,
-    "without kernels of adapters": without_kernels_of_adapters,
-    "without adding B's product in place": without_adding_in_place,
-    "without adding gradients in place": without_adding_gradients_in_place,
-    "without dealing rows by length": without_dealing,
-    "without leaving unlabelled tokens out": without_leaving_tokens_out,
-    "without kernels of SwiGLU": without_kernels_of_swiglu,
+    "kernels of adapters": without_kernels_of_adapters,
+    "adding B's product in place": without_adding_in_place,
+    "adding gradients in place": without_adding_gradients_in_place,
+    "launching kernels as compiled": without_launching_as_compiled,
+    "going straight to cuDNN": without_going_straight_to_cudnn,
+    "dealing rows by length": without_dealing,
+    "leaving unlabelled tokens out": without_leaving_tokens_out,
+    "kernels of SwiGLU": without_kernels_of_swiglu,
 }
 
 
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2, help="how often every lever is visited")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="levers whose name holds one of these words, parted by commas")
+    parser.add_argument("--record", type=Path, help="write seconds of every step to this file, as JSON")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="sft FLAGS")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "rank":
-        run_rank(sys.argv[2:])
+    if sys.argv[1:2] == ["rank"]:
+        run_rank(sys.argv[2], sys.argv[3:])
     else:
-        sys.exit(launch_ranks(sys.argv[1:]))
+        sys.exit(launch_ranks(read_options()))
