@@ -35,7 +35,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sp": {"tensorModelParallelSize": 2, "sequenceParallel": True},
     "pp2": {"pipelineModelParallelSize": 2},
 }
-TP2_PP2 = {"tensorModelParallelSize": 2, "pipelineModelParallelSize": 2, "sequenceParallel": True}
+OF_FOUR: dict[str, dict[str, Any]] = {
+    "tp2-sp-pp2": {"tensorModelParallelSize": 2, "pipelineModelParallelSize": 2, "sequenceParallel": True},
+    "pp4": {"tensorModelParallelSize": 1, "pipelineModelParallelSize": 4},
+}
 Models = dict[tuple[str, str], Path]
 Note = Callable[..., None]
 
@@ -87,5 +90,6 @@ def test_two_gpus_give_the_logits_of_transformers(layout: str, models: Models, g
 
 
 @pytest.mark.gpu4
-def test_four_gpus_give_the_logits_of_transformers(models: Models, gpu4: Gang, expected: Any, note: Note) -> None:
-    check(gpu4, models, TP2_PP2, expected, note)
+@pytest.mark.parametrize("layout", OF_FOUR)
+def test_four_gpus_give_the_logits_of_transformers(layout: str, models: Models, gpu4: Gang, expected: Any, note: Note) -> None:
+    check(gpu4, models, OF_FOUR[layout], expected, note)

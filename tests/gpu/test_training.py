@@ -33,7 +33,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"tensorModelParallelSize": 1},
     "dp2-overlap": {"tensorModelParallelSize": 1, "overlapGradReduce": True, "overlapParamGather": True},
 }
-TP2_PP2 = {"tensorModelParallelSize": 2, "pipelineModelParallelSize": 2, "sequenceParallel": True}
+OF_FOUR: dict[str, dict[str, Any]] = {
+    "tp2-sp-pp2": {"tensorModelParallelSize": 2, "pipelineModelParallelSize": 2, "sequenceParallel": True},
+    "tp2-sp-dp2": {"tensorModelParallelSize": 2, "sequenceParallel": True},
+    "pp2-dp2": {"tensorModelParallelSize": 1, "pipelineModelParallelSize": 2},
+    "dp4": {"tensorModelParallelSize": 1},
+}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "selective": {"recomputeGranularity": "selective"},
     "full": {"recomputeGranularity": "full", "recomputeMethod": "uniform", "recomputeNumLayers": 1},
@@ -86,9 +91,10 @@ def test_bfloat16_on_two_gpus_is_near(tuner: str, layout: str, models: Models, r
 
 
 @pytest.mark.gpu4
+@pytest.mark.parametrize("layout", OF_FOUR)
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_four_gpus_train_as_one(tuner: str, models: Models, rows: Path, gpu4: Gang, expected: Any, tmp_path: Path, note: Note) -> None:
-    check(gpu4.run(train, job_of(tuner, models, rows, tmp_path, parallelism=TP2_PP2)), expected[tuner, "float32"], SAME, note)
+def test_four_gpus_train_as_one(tuner: str, layout: str, models: Models, rows: Path, gpu4: Gang, expected: Any, tmp_path: Path, note: Note) -> None:
+    check(gpu4.run(train, job_of(tuner, models, rows, tmp_path, parallelism=OF_FOUR[layout])), expected[tuner, "float32"], SAME, note)
 
 
 @pytest.mark.one_gpu
