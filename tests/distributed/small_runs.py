@@ -121,6 +121,23 @@ def explode(trainer: Any) -> None:
         chunk.module.register_forward_hook(hook)
 
 
+def raise_loss_scale(trainer: Any, scale: float) -> None:
+    """Begin with another loss scale of float16; the tiny models' gradients exceed its range from about 2,048 on."""
+    for inner in trainer.optimizer.chained_optimizers:
+        inner.grad_scaler._scale.fill_(scale)
+
+
+def lose_finite_gradients(trainer: Any) -> None:
+    """Make gradients infinite that no loss scale makes smaller, of a loss that is finite."""
+    raise_loss_scale(trainer, 1.0)
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        output.register_hook(lambda gradient: gradient * float("inf"))
+
+    for chunk in trainer.chunks:
+        chunk.module.register_forward_hook(hook)
+
+
 def expect_gradients_in_place(trainer: Any) -> None:
     """Fail unless each factor of an adapter adds its gradient to ``main_grad`` itself."""
     assert all(factor.sums is factor.weight.main_grad for factor in _factors(trainer))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from factories import make_rows, make_tiny_model
-from finetune_trainer.contract import ConfigurationError, NumericError
+from finetune_trainer.contract import ConfigurationError, NumericError, Preempted
 from gang import Gang
-from small_runs import Job, expect_gradients_in_place, expect_gradients_of_autograd, explode, lose_the_gradient, train
+from small_runs import Job, expect_gradients_in_place, expect_gradients_of_autograd, explode, lose_finite_gradients, lose_the_gradient, raise_loss_scale, train
 
 TOLERANCE = 1e-5
 LORA: dict[str, Any] = {}
@@ -107,6 +109,49 @@ def test_half_precision_follows_float32(dtype: str, gang2: Gang, models: dict[st
     outcome = gang2.run(train, Job(models["llama"], rows, tmp_path, parallelism={"tensorModelParallelSize": 2, "sequenceParallel": True}, dtype=dtype))[0]
     assert outcome.losses == pytest.approx(expected["lora"], abs=0.05)
     assert not [note for note in outcome.notes if "changed nothing" in note]
+
+
+@pytest.fixture
+def float16(models: dict[str, Path], rows: Path, tmp_path: Path) -> Job:
+    """A run whose gradients exceed float16's range twice, when it begins with a loss scale of 4,096."""
+    return Job(models["qwen3"], rows, tmp_path / "float16", tuning=FULL, dtype="float16", parallelism={"tensorModelParallelSize": 1})
+
+
+FROM_4096 = functools.partial(raise_loss_scale, scale=4096.0)
+
+
+def test_a_step_that_overflows_changes_nothing_and_halves_the_loss_scale(float16: Job, gang2: Gang, tmp_path: Path) -> None:
+    still = gang2.run(train, replace(float16, output=tmp_path / "still", training={"lr": 1e-12}))[0]
+    for found in gang2.run(train, float16, FROM_4096):
+        assert found.notes[-2:] == [
+            "step 1 changed nothing: its gradients exceeded float16's range; the loss scale is 2048 now",
+            "step 2 changed nothing: its gradients exceeded float16's range; the loss scale is 1024 now",
+        ]
+        assert found.losses[:3] == still.losses[:3]
+        assert found.rates[0] == found.rates[2] > found.rates[3]
+        assert found.norms[:2] == [0.0, 0.0]
+        assert found.norms[2] == pytest.approx(still.norms[2], rel=1e-2)
+        assert found.losses[-1] < still.losses[-1] - 0.5
+
+
+def test_a_run_goes_on_with_its_loss_scale_and_the_updates_that_it_has_made(float16: Job, gang2: Gang, tmp_path: Path) -> None:
+    straight = gang2.run(train, replace(float16, output=tmp_path / "straight"), FROM_4096)[0]
+    for stopped_at in (1, 4):
+        job = replace(float16, output=tmp_path / str(stopped_at))
+        with pytest.raises(Preempted):
+            gang2.run(train, replace(job, stop_at=stopped_at), FROM_4096)
+        found = gang2.run(train, job)[0]
+        assert (found.resumed_from, found.losses, found.rates) == (stopped_at, straight.losses, straight.rates)
+
+
+def test_a_run_that_never_changed_a_weight_fails(float16: Job, gang2: Gang) -> None:
+    with pytest.raises(NumericError, match=r"none of the 6 steps changed a weight: the gradients of each exceeded float16's range"):
+        gang2.run(train, float16, functools.partial(raise_loss_scale, scale=2.0**18))
+
+
+def test_a_gradient_that_is_infinite_without_a_loss_scale_stops_the_run(float16: Job, gang2: Gang) -> None:
+    with pytest.raises(NumericError, match="step 1: the gradient is not finite, without any loss scale"):
+        gang2.run(train, float16, lose_finite_gradients)
 
 
 def test_sgd_trains_on_a_shared_optimizer(gang1: Gang, gang2: Gang, models: dict[str, Path], rows: Path, tmp_path: Path) -> None:

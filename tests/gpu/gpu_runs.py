@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,9 @@ def layers_of(layout: Layout) -> str:
     return type(built.chunks[0].decoder.layers[0].self_attention.linear_qkv).__module__
 
 
-def train(job: Job) -> Outcome:
+def train(job: Job, interfere: Callable[[Any], None] | None = None) -> Outcome:
     forget_attention_backend()
-    return small_runs.train(job)
+    return small_runs.train(job, interfere)
 
 
 def export_megatron(job: Job, folder: Path, *, write: bool) -> list[str]:

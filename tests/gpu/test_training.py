@@ -6,6 +6,7 @@ differences of small gradients come through. bfloat16: 2e-2, of losses near 6; 2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from factories import make_rows
 from finetune_trainer.data import load_tokenizer, open_rows
 from gang import Gang
 from gpu_runs import PackedJob, train
-from small_runs import Job, Outcome
+from small_runs import Job, Outcome, raise_loss_scale
 
 SAME = 5e-5
 NEAR = 2e-2
@@ -43,6 +44,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "selective": {"recomputeGranularity": "selective"},
     "full": {"recomputeGranularity": "full", "recomputeMethod": "uniform", "recomputeNumLayers": 1},
 }
+FROM_8192 = functools.partial(raise_loss_scale, scale=8192.0)
 Models = dict[tuple[str, str], Path]
 Note = Callable[..., None]
 
@@ -115,6 +117,29 @@ def test_bfloat16_follows_float32(models: Models, rows: Path, gpu1: Gang, expect
     exact = job_of("lora", models, rows, tmp_path)
     losses = gpu1.run(train, replace(exact, model=models["llama", "bfloat16"]))[0].losses  # the same weights, computed in float32
     assert expected["lora", "bfloat16"].losses == pytest.approx(losses, abs=NEAR)
+
+
+@pytest.mark.one_gpu
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_float16_follows_float32(tuner: str, models: Models, rows: Path, gpu1: Gang, expected: Any, tmp_path: Path, note: Note) -> None:
+    """The weights of float32 rounded to float16; its loss scale is part of the loss's own kernel."""
+    exact = job_of(tuner, models, rows, tmp_path)
+    outcome = gpu1.run(train, replace(exact, dtype="float16"))[0]
+    note(largest_difference=max(abs(a - b) for a, b in zip(outcome.losses, expected[tuner, "float32"].losses, strict=True)))
+    assert outcome.losses == pytest.approx(expected[tuner, "float32"].losses, abs=NEAR)
+    assert outcome.norms == pytest.approx(expected[tuner, "float32"].norms, rel=NEAR)
+    assert not [sentence for sentence in outcome.notes if "changed nothing" in sentence]
+
+
+@pytest.mark.one_gpu
+def test_a_step_that_overflows_float16_is_made_up_for(models: Models, rows: Path, gpu1: Gang, tmp_path: Path, note: Note) -> None:
+    """With a loss scale to begin with that is too large: weights change from the first step that does not overflow on, and it learns."""
+    outcome = gpu1.run(train, replace(job_of("full", models, rows, tmp_path), dtype="float16"), FROM_8192)[0]
+    overflows = [sentence for sentence in outcome.notes if "changed nothing: its gradients exceeded float16's range" in sentence]
+    note(overflows=overflows, losses=outcome.losses)
+    assert 1 <= len(overflows) <= 5
+    assert outcome.norms[: len(overflows)] == [0.0] * len(overflows)
+    assert all(norm > 0 for norm in outcome.norms[len(overflows) :])
 
 
 @pytest.mark.one_gpu

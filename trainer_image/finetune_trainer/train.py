@@ -183,13 +183,13 @@ def fit(
 ) -> None:
     """Train from ``beginning`` to the last step, with checkpoints on the way and at the end. Collective.
 
-    ``stop`` says whether this process was asked to end. Raises NumericError for a loss or gradient that is not finite and for a first
-    gradient of zero, Preempted when any rank was asked to stop, its state saved.
+    ``stop`` says whether this process was asked to end. Raises NumericError for a loss or gradient that is not finite, for a first gradient of zero
+    and where no step has changed a weight, Preempted when any rank was asked to stop, its state saved.
     """
     training = config.training
     reading = order(len(rows.rows), training.seed, config.data.train_dataloader_shuffle)
     lengths = rows.lengths
-    trainer.scheduler.step(beginning.step * training.global_batch_size)
+    trainer.scheduler.step(beginning.updates * training.global_batch_size)
     report.begin(beginning)
     set_training(trainer, True)
     updates = beginning.updates
@@ -203,7 +203,7 @@ def fit(
         gradient_norm, updated = update(trainer)
         updates += updated
         if not updated:
-            report.note(describe_overflow(trainer, step + 1))
+            report.note(describe_overflow(trainer, step + 1, in_vain=updates == 0 and step + 1 == beginning.total_steps))
         point = check_numbers(step + 1, sums, gradient_norm, rate, time.perf_counter() - began, first=updated and updates == beginning.updates + 1)
         report.step(point)
         keep(trainer, checkpoints, report, point.step, beginning.total_steps, updates, sums.stops > 0)
@@ -300,8 +300,10 @@ def update(trainer: Trainer) -> tuple[float, bool]:
     return float(norm or 0.0), bool(updated)
 
 
-def describe_overflow(trainer: Trainer, step: int) -> str:
-    """A sentence on a step whose float16 gradients overflowed; raises NumericError when no smaller loss scale can help."""
+def describe_overflow(trainer: Trainer, step: int, *, in_vain: bool) -> str:
+    """A sentence on a step whose float16 gradients overflowed; raises NumericError when no smaller loss scale can help, or when this was the last step and all were ``in_vain``."""
+    if in_vain:
+        raise NumericError(f"none of the {step} steps changed a weight: the gradients of each exceeded float16's range; model.torchDtype bfloat16 may help")
     scale = float(trainer.optimizer.get_loss_scale())
     if scale <= 1.0:
         raise NumericError(f"step {step}: the gradient is not finite, without any loss scale; a lower training.lr or model.torchDtype bfloat16 may help")
