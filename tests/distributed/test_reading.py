@@ -34,7 +34,7 @@ template.SAY_SECONDS = -1
 {breaks}
 rank, said = launch.current_rank(), []
 try:
-    config = program.load(sys.argv[1:])
+    config = program.read_config(sys.argv[1:])
     threads = len(os.listdir("/proc/self/task"))
     beside = reading.start(config, launch.place_on_node(), launch.failure_folder())
     own = [int(each) for task in os.listdir("/proc/self/task") for each in open(f"/proc/self/task/{{task}}/children").read().split()]

@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -44,10 +45,12 @@ from finetune_trainer.failures import Failure, leave_failure
 from finetune_trainer.report import Report
 
 if TYPE_CHECKING:
+    from finetune_trainer.data import Rows
     from finetune_trainer.families import Family
     from finetune_trainer.hf_files import HFModel
-    from finetune_trainer.memory import ModelFacts
+    from finetune_trainer.memory import Machine, ModelFacts
     from finetune_trainer.parallel import Ranks
+    from finetune_trainer.train import Trainer
 
 SHARED_SECTIONS = ("model", "data", "tuning", "parallelism", "training", "checkpoints", "output")
 BROKEN_CONNECTION = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "connection refused", "socket")
@@ -93,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     rank, identity = 0, ""
     try:
         rank = launch.current_rank()
-        config = load(arguments)
+        config = read_config(arguments)
         identity = config.identity()
         report = Report(config, rank)
         gc.disable()  # until training begins: what is imported and built until then stays
@@ -110,34 +113,69 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def load(arguments: Sequence[str]) -> RunConfig:
+def read_config(arguments: Sequence[str]) -> RunConfig:
     """The configuration that the command line names; raises ConfigurationError."""
     if len(arguments) != 1:
         raise ConfigurationError("usage: python -m finetune_trainer RUN.json")
     return RunConfig.load(Path(arguments[0]))
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a run works on, and how: all that is known before anything large is made, the same on every rank."""
+
+    config: RunConfig
+    """Resolved."""
+    machine: Machine
+    hf: HFModel
+    family: Family
+    facts: ModelFacts
+    rows: Rows
+    total_steps: int
+
+    def describe_shortage(self) -> str:
+        """What was estimated, and what would need less memory."""
+        from finetune_trainer import resolve
+
+        return resolve.describe_shortage(self.config, self.facts, self.machine, max(self.rows.lengths))
+
+
 def run(given: RunConfig, identity: str, report: Report, stop: Stop, beside: reading.Reading) -> None:
     """The straight line of one run, whose rows are read ``beside`` it. Collective."""
-    from finetune_trainer import (
-        checkpoint,
-        checkpoint_files,
-        convert,
-        families,
-        hf_files,
-        lora,
-        memory,
-        model,
-        parallel,
-        resolve,
-        train,
-        training_state,
-        verify,
-    )
-    from finetune_trainer.agreement import from_every, together
+    from finetune_trainer import checkpoint, checkpoint_files, parallel, train, training_state, verify
+    from finetune_trainer.agreement import from_every
 
     report.stage("loading")
     parallel.open_process_group(given)
+    job = find_job(given, report, beside)
+    config, total_steps = job.config, job.total_steps
+    with explain_out_of_memory(job.describe_shortage):
+        ranks = parallel.initialize(config.parallelism, config.training.seed)
+        chunks, trainer = load(job, ranks, report)
+        checkpoints = checkpoint.Checkpoints(config, identity, {"rows": job.rows.digest, "model": model_digest(job.hf)}, trainer.state, report)
+        beginning = checkpoints.resume(total_steps)
+        needed = checkpoint_files.needed_bytes(config, *training_state.count_bytes(trainer.state), model_bytes(job.hf, config), total_steps - beginning.step)
+        artifacts = prepare_output(config, total_steps, needed)
+        with stop.waits(), collects_garbage():
+            train.fit(trainer, job.rows, config, ranks, report, checkpoints, beginning, lambda: stop.requested)
+
+        checkpoints.refuse_newer_attempt()
+        report.stage("exporting")
+        for kind, folder in artifacts:
+            export(kind, folder, chunks, job.family, job.hf, config, ranks, total_steps)
+            report.heartbeat()
+        report.stage("verifying")
+        verification = verify.check(chunks, job.family, job.hf, config, ranks, job.rows.rows, artifacts)
+        peaks = from_every(peak_memory_gib())
+        parallel.shut_down()
+        conclude(report, identity, artifacts, verification, peaks)
+
+
+def find_job(given: RunConfig, report: Report, beside: reading.Reading) -> Job:
+    """Open the model, wait for the rows, choose what ``given`` is silent about, and refuse what cannot work. Collective."""
+    from finetune_trainer import families, hf_files, memory, parallel, resolve, train, verify
+    from finetune_trainer.agreement import from_every, together
+
     config = agree(given, from_every((given.model_dump(), given.run.output_dir)))
     machine = parallel.describe_machine()
 
@@ -155,42 +193,28 @@ def run(given: RunConfig, identity: str, report: Report, stop: Stop, beside: rea
     hf, family, facts = together(open_model)
     rows = together(lambda: beside.rows(tell))
     check_same_rows(from_every(rows.digest))
-    longest = max(rows.lengths)
-    resolution = resolve.resolve(config, facts, machine, longest)
-    config = resolution.config
-    total_steps = resolve.total_steps(config, len(rows.rows))
-    together(lambda: train.check_schedule(config.training, total_steps))
-    together(lambda: verify.check_memory(hf, config, parallel.host_memory()))
+    resolution = resolve.resolve(config, facts, machine, max(rows.lengths))
+    job = Job(resolution.config, machine, hf, family, facts, rows, resolve.total_steps(resolution.config, len(rows.rows)))
+    together(lambda: train.check_schedule(job.config.training, job.total_steps))
+    together(lambda: verify.check_memory(hf, job.config, parallel.host_memory()))
     for note in resolution.notes:
         report.note(note)
     report.resolved(resolution.chosen)
     report.rows(rows.counts)
+    return job
 
-    with explain_out_of_memory(lambda: resolve.describe_shortage(config, facts, machine, longest)):
-        ranks = parallel.initialize(config.parallelism, config.training.seed)
-        chunks = together(lambda: model.build(family, hf.config, config, ranks))
-        together(lambda: convert.import_base(chunks, family, hf, ranks))
-        report.heartbeat()
-        together(lambda: lora.attach(chunks, config.tuning, config.training.seed))
-        trainer = train.prepare(chunks, family, hf.config, config, ranks, total_steps)
 
-        checkpoints = checkpoint.Checkpoints(config, identity, {"rows": rows.digest, "model": model_digest(hf)}, trainer.state, report)
-        beginning = checkpoints.resume(total_steps)
-        needed = checkpoint_files.needed_bytes(config, *training_state.count_bytes(trainer.state), model_bytes(hf, config), total_steps - beginning.step)
-        artifacts = prepare_output(config, total_steps, needed)
-        with stop.waits(), collects_garbage():
-            train.fit(trainer, rows, config, ranks, report, checkpoints, beginning, lambda: stop.requested)
+def load(job: Job, ranks: Ranks, report: Report) -> tuple[Sequence[Any], Trainer]:
+    """The model with the checkpoint's weights and its adapters, cut as ``ranks`` say, bare and set up for training. Collective."""
+    from finetune_trainer import convert, lora, model, train
+    from finetune_trainer.agreement import together
 
-        checkpoints.refuse_newer_attempt()
-        report.stage("exporting")
-        for kind, folder in artifacts:
-            export(kind, folder, chunks, family, hf, config, ranks, total_steps)
-            report.heartbeat()
-        report.stage("verifying")
-        verification = verify.check(chunks, family, hf, config, ranks, rows.rows, artifacts)
-        peaks = from_every(peak_memory_gib())
-        parallel.shut_down()
-        conclude(report, identity, artifacts, verification, peaks)
+    config = job.config
+    chunks = together(lambda: model.build(job.family, job.hf.config, config, ranks))
+    together(lambda: convert.import_base(chunks, job.family, job.hf, ranks))
+    report.heartbeat()
+    together(lambda: lora.attach(chunks, config.tuning, config.training.seed))
+    return chunks, train.prepare(chunks, job.family, job.hf.config, config, ranks, job.total_steps)
 
 
 @contextmanager

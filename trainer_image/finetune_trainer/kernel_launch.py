@@ -25,6 +25,11 @@ class Kernel:
         self.is_free = [name in free for name in self.function.arg_names]
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
+    @classmethod
+    def of(cls, *free: str, warps: int) -> Callable[[Callable[..., Any]], Kernel]:
+        """Decorate a function: ``@Kernel.of("tokens", warps=4)``."""
+        return lambda function: cls(function, free, warps)
+
     def launch(self, grid: Grid, *arguments: Argument) -> None:
         """Run on the current stream of the current device, where the arguments are."""
         key = (arguments[0].device.index, *map(_describe, arguments, self.is_free))  # type: ignore[union-attr]
@@ -33,11 +38,6 @@ class Kernel:
             self.compiled[key] = self.function[grid](*arguments, num_warps=self.warps)
         else:
             compiled[(*grid, 1, 1)[:3]](*arguments)
-
-
-def kernel(*free: str, warps: int) -> Callable[[Callable[..., Any]], Kernel]:
-    """Make a ``Kernel`` of a function."""
-    return lambda function: Kernel(function, free, warps)
 
 
 def _describe(argument: Argument, is_free: bool) -> Any:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune_trainer.kernel_launch import kernel
+from finetune_trainer.kernel_launch import Kernel
 
 STATISTICS_BLOCK = 4096
 GRADIENT_BLOCK = 4096
@@ -61,7 +61,7 @@ def swiglu_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
     return output
 
 
-@kernel("first", "columns", warps=WARPS)
+@Kernel.of("first", "columns", warps=WARPS)
 def _softmax_statistics(logits, labels, sums, targets, first, columns, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
@@ -79,7 +79,7 @@ def _softmax_statistics(logits, labels, sums, targets, first, columns, stride, B
     tl.store(targets + row, tl.load(logits + label, mask=is_here, other=0.0).to(tl.float32))
 
 
-@kernel("first", "columns", warps=WARPS)
+@Kernel.of("first", "columns", warps=WARPS)
 def _softmax_gradient(logits, labels, sums, factor, first, columns, width, stride, SCALED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -93,7 +93,7 @@ def _softmax_gradient(logits, labels, sums, factor, first, columns, width, strid
     tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)
 
 
-@kernel(warps=WARPS)
+@Kernel.of(warps=WARPS)
 def _swiglu(gate_up, output, ffn, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -103,7 +103,7 @@ def _swiglu(gate_up, output, ffn, BLOCK: tl.constexpr):  # type: ignore[no-untyp
     tl.store(output + row * ffn + column, (gate * tl.sigmoid(gate) * up).to(output.dtype.element_ty), mask=inside)
 
 
-@kernel(warps=WARPS)
+@Kernel.of(warps=WARPS)
 def _swiglu_gradient(gate_up, gradient, output, ffn, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

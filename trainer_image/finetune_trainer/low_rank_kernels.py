@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune_trainer.kernel_launch import kernel
+from finetune_trainer.kernel_launch import Kernel
 
 GROUP = 16
 BLOCK = 8 * GROUP
@@ -106,7 +106,7 @@ def _kept_bits(random, threshold, PLACE: tl.constexpr):  # type: ignore[no-untyp
     return (low << PLACE) | (high << (PLACE + 1))
 
 
-@kernel("tokens", "seed", "place", "threshold", warps=WARPS)
+@Kernel.of("tokens", "seed", "place", "threshold", warps=WARPS)
 def _lower(  # type: ignore[no-untyped-def]
     hidden, factor, low, kept, tokens, columns, rank, seed, place, threshold,
     ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, ROUNDS: tl.constexpr,
@@ -136,7 +136,7 @@ def _lower(  # type: ignore[no-untyped-def]
     tl.store(target, total.to(low.dtype.element_ty), mask=is_row[:, None] & (ranks < rank)[None, :])
 
 
-@kernel("tokens", "share", warps=GRADIENT_WARPS)
+@Kernel.of("tokens", "share", warps=GRADIENT_WARPS)
 def _find_factor_gradient(  # type: ignore[no-untyped-def]
     hidden, kept, of_low, sums, tokens, columns, rank, share,
     ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
@@ -159,7 +159,7 @@ def _find_factor_gradient(  # type: ignore[no-untyped-def]
     tl.store(target, total, mask=(ranks < rank)[:, None] & (column < columns)[None, :])
 
 
-@kernel("parts", warps=WARPS)
+@Kernel.of("parts", warps=WARPS)
 def _add_parts(target, sums, size, parts, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = places < size
@@ -169,7 +169,7 @@ def _add_parts(target, sums, size, parts, BLOCK: tl.constexpr):  # type: ignore[
     tl.store(target + places, total, mask=inside)
 
 
-@kernel("tokens", warps=GRADIENT_WARPS)
+@Kernel.of("tokens", warps=GRADIENT_WARPS)
 def _add_product(  # type: ignore[no-untyped-def]
     target, left, right, kept, tokens, columns, rank, row_stride, column_stride, scale,
     ONTO: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,

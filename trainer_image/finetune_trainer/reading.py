@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 SOCKET = "rows"
 MESSAGE_BYTES = 2**17
-"""More than an outline or a shortened error has; a socket takes less than 2**18 at once."""
-ERROR_CHARACTERS = 20_000
+"""More than an outline has, or an error's two texts at six bytes a character; a socket takes less than 2**18 at once."""
+ERROR_CHARACTERS = 10_000
 DOOR_SECONDS = 60.0
 """For the next rank to ask for the rows: all of them have started then, and ask at once."""
 
@@ -115,7 +116,7 @@ class Reader:
                 for _ in range(self._others):
                     connection, _ = self._door.accept()
                     with connection, contextlib.suppress(OSError):
-                        socket.send_fds(connection, [pickle.dumps(outcome)], [self._file])
+                        socket.send_fds(connection, [encode(outcome)], [self._file])
 
 
 class Receiver:
@@ -136,7 +137,7 @@ class Receiver:
             raise DistributedError(f"the rows could not be had from the first rank of this node: {error}") from error
         if not content or not files:
             raise DistributedError("the first rank of this node ended before it had handed the rows on")
-        return _take(pickle.loads(content), files[0])
+        return _take(decode(content), files[0])
 
 
 def _take(outcome: Outline | EngineError, file: int) -> Rows:
@@ -151,6 +152,29 @@ def _take(outcome: Outline | EngineError, file: int) -> Rows:
 
 
 # The socket
+
+
+def encode(outcome: Outline | EngineError) -> bytes:
+    """An outcome as JSON."""
+    if isinstance(outcome, EngineError):
+        content: dict[str, Any] = {"error": type(outcome).__name__, "message": str(outcome), "notes": getattr(outcome, "__notes__", [])}
+    else:
+        content = asdict(outcome)
+    return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")  # a lone surrogate, of a file's name, stays valid JSON so
+
+
+def decode(content: bytes) -> Outline | EngineError:
+    """What ``encode`` was given."""
+    from finetune_trainer.data.mapped import Outline
+
+    fields = json.loads(content)
+    if "error" not in fields:
+        return Outline(**fields)
+    kinds: list[type[EngineError]] = [EngineError, *EngineError.__subclasses__()]
+    error = {kind.__name__: kind for kind in kinds}[fields["error"]](fields["message"])
+    for note in fields["notes"]:
+        error.add_note(note)
+    return error
 
 
 def _open_door(folder: Path) -> socket.socket:
