@@ -1,4 +1,4 @@
-"""What each lever gives, alone: ``python gpu_levers.py [--rounds N] [--only WORDS] [--record FILE] sft FLAGS`` sets a run up as ``megatron sft FLAGS`` does, and then takes some steps with everything and some without each lever, in turn, in one process.
+"""What each lever gives, alone: ``python gpu_levers.py [--rounds N] [--steps N] [--only WORDS] [--record FILE] sft FLAGS`` sets a run up as ``megatron sft FLAGS`` does, and then takes some steps with everything and some without each lever, in turn, in one process.
 
 Prints a line for each. Trains as it goes: losses are not to be compared.
 """
@@ -9,43 +9,59 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 from unittest import mock
 
-STEPS, WARM_UP = 6, 2
-"""Steps of one visit, of which the first are not counted."""
+WARM_UP = 1
+"""Steps at the start of a visit that are not counted."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step, and of its forward and backward passes those in which a core of the host worked for this process."""
+
+    seconds: float
+    host: float
 
 
 @dataclass
 class Visits:
-    """What one lever's visits took, in seconds of a step; ``before`` are the steps with everything just before each visit."""
+    """What one lever's visits took, round by round; ``having`` are the steps with everything just before or after, in turn."""
 
-    before: list[list[float]] = field(default_factory=list)
-    seconds: list[list[float]] = field(default_factory=list)
-    peak_gib: float = 0.0
+    having: list[list[Step]] = field(default_factory=list)
+    without: list[list[Step]] = field(default_factory=list)
+    more_gib: float = 0.0
+    """The most memory of the last visit without it, less that of the one with everything beside it."""
 
     def describe(self) -> str:
-        """Seconds of a step without the lever over seconds with it: by the medians of each visit and of the one before it, and by the fastest steps of all."""
-        ratios = [median(without) / median(having) for having, without in zip(self.before, self.seconds, strict=True)]
-        having, without = [value for visit in self.before for value in visit], [value for visit in self.seconds for value in visit]
-        return (
-            f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} rounds), fastest {min(without) / min(having):.3f}, "
-            f"{median(without):.4f} over {median(having):.4f} s/it, peak {self.peak_gib:.1f} GiB"
-        )
+        step, host = (f"{name} {ratio:.3f} ± {error:.3f}" for name, ratio, error in [("step", *compare(self, "seconds")), ("host", *compare(self, "host"))])
+        middle = median(step.seconds for steps in self.having for step in steps)
+        return f"{step}, {host} ({len(self.having)} rounds; {middle:.4f} s/it with everything), {self.more_gib:+.1f} GiB"
+
+
+def compare(visits: Visits, name: str) -> tuple[float, float]:
+    """A step without the lever over one with everything, by ``name`` of Step: geometric mean over the rounds of the ratio of medians, and its standard error."""
+    logarithms = [
+        math.log(median(getattr(step, name) for step in without) / median(getattr(step, name) for step in having))
+        for having, without in zip(visits.having, visits.without, strict=True)
+    ]
+    ratio = math.exp(mean(logarithms))
+    return ratio, ratio * stdev(logarithms) / math.sqrt(len(logarithms)) if len(logarithms) > 1 else math.nan
 
 
 def launch_ranks(options: argparse.Namespace) -> int:
     """`megatron sft`."""
     from finetune_trainer import cli, launch
 
-    how = json.dumps([options.rounds, options.only, options.record and str(options.record.absolute())])
+    how = json.dumps([options.rounds, options.steps, options.only, options.record and str(options.record.absolute())])
     launch.launch = functools.partial(launch.launch, program=(sys.executable, "-P", str(Path(__file__).resolve()), "rank", how))
     return cli.main(options.command)
 
@@ -68,7 +84,7 @@ def run_rank(how: str, arguments: list[str]) -> None:
     program.main(arguments)
 
 
-def measure(rounds: int, only: list[str], record: str | None, trainer: Any, rows: Any, config: Any, ranks: Any, *_: Any) -> None:
+def measure(rounds: int, num_steps: int, only: list[str], record: str | None, trainer: Any, rows: Any, config: Any, ranks: Any, *_: Any) -> None:
     """Takes the place of ``train.fit``, and ends the process."""
     import torch
 
@@ -79,58 +95,74 @@ def measure(rounds: int, only: list[str], record: str | None, trainer: Any, rows
     visits = {name: Visits() for name in levers}
     numbers = iter(range(sys.maxsize))
 
-    def visit() -> list[float]:
-        return [take_step(trainer, rows, config, ranks, next(numbers)) for _ in range(STEPS)][WARM_UP:]
+    def visit() -> tuple[list[Step], float]:
+        torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
+        steps = [take_step(trainer, rows, config, ranks, next(numbers)) for _ in range(num_steps)][WARM_UP:]
+        return steps, torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, without in levers.items():
-            visits[name].before.append(visit())
-            torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
+            having = visit() if turn % 2 == 0 else None
             with without(trainer):
-                visits[name].seconds.append(visit())
-            visits[name].peak_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+                lacking = visit()
+            having = having or visit()
+            visits[name].having.append(having[0])
+            visits[name].without.append(lacking[0])
+            visits[name].more_gib = lacking[1] - having[1]
+        if ranks.rank == 0 and record:
+            Path(record).write_text(json.dumps({name: asdict(of_lever) for name, of_lever in visits.items()}))
     if ranks.rank == 0:
         for name, of_lever in visits.items():
             print(f"without {name}: {of_lever.describe()}", flush=True)
-        if record:
-            Path(record).write_text(json.dumps({name: asdict(of_lever) for name, of_lever in visits.items()}))
     torch.distributed.barrier()
     os._exit(0)
 
 
-def take_step(trainer: Any, rows: Any, config: Any, ranks: Any, step: int) -> float:
-    """One step of ``train.fit``, in seconds."""
+def take_step(trainer: Any, rows: Any, config: Any, ranks: Any, step: int) -> Step:
+    """One step of ``train.fit``."""
     from finetune_trainer import train
 
     training = config.training
     began = time.perf_counter()
     reading = train.order(len(rows.rows), training.seed, config.data.train_dataloader_shuffle)
-    numbers = train.micro_batches(reading, step, training.global_batch_size, training.micro_batch_size, ranks.dp, rows.lengths)
+    numbers = train.micro_batches(reading, step, training.global_batch_size, micro_batch_size(training), ranks.dp, rows.lengths)
     batches = [train.collate([rows.rows[number] for number in some], train._multiple(config, ranks), ranks.device) for some in numbers]
     train.seed_step(trainer, step, ranks)
-    train.sum_up(train.run_forward_backward(trainer, batches), batches, ranks, False)
-    train.update(trainer)
-    return time.perf_counter() - began
+    host = time.process_time()
+    outputs = train.run_forward_backward(trainer, batches)
+    host = time.process_time() - host
+    train.sum_up(outputs, batches, ranks, False)
+    norm, _ = train.update(trainer)
+    assert norm > 0, "no gradient: a switch has cut something off"
+    return Step(time.perf_counter() - began, host)
+
+
+def micro_batch_size(training: Any) -> int:
+    return int(training.micro_batch_size)
+
+
+def has_none(*_: Any) -> bool:
+    """Takes the place of a ``_has_kernels``; a MagicMock would keep every tensor that it was called with."""
+    return False
 
 
 def without_kernels_of_adapters(trainer: Any) -> Any:
-    def has_none(*_: Any) -> bool:  # where a MagicMock would keep every tensor that it was called with
-        return False
-
-    return mock.patch("finetune_trainer.low_rank._has_kernels", new=has_none)
+    """Products, and dropout with a mask of whole numbers, by torch."""
+    return mock.patch("finetune_trainer.low_rank._has_kernels", has_none)
 
 
 def without_adding_in_place(trainer: Any) -> Any:
-    from finetune_trainer.low_rank import Raise
+    """B's product by the same kernel, onto a copy of the base's output."""
+    from finetune_trainer import low_rank
 
     def forward(ctx: Any, output: Any, low: Any, factor: Any, scale: float, sums: Any) -> Any:
-        import torch
-
         ctx.scale, ctx.sums = scale, sums
         ctx.save_for_backward(low, factor)
-        return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), factor.t(), alpha=scale).view(output.shape)
+        copy = output.clone()
+        low_rank._add_product(copy.view(-1, copy.shape[-1]), low.flatten(0, -2), factor.t(), None, scale, onto=True)
+        return copy
 
-    return mock.patch.object(Raise, "forward", staticmethod(forward))
+    return mock.patch.object(low_rank.Raise, "forward", staticmethod(forward))
 
 
 @contextlib.contextmanager
@@ -139,12 +171,14 @@ def without_adding_gradients_in_place(trainer: Any) -> Iterator[None]:
     from finetune_trainer import lora
 
     factors = [factor for _, layer in lora.adapters(trainer.chunks) for factor in (layer.lora_A, layer.lora_B)]
+    before = [factor.sums for factor in factors]
     for factor in factors:
         factor.sums = None
     try:
         yield
     finally:
-        lora.add_gradients_in_place(trainer.chunks)
+        for factor, sums in zip(factors, before, strict=True):
+            factor.sums = sums
 
 
 def without_dealing(trainer: Any) -> Any:
@@ -173,20 +207,41 @@ def without_leaving_tokens_out(trainer: Any) -> Iterator[None]:
         yield
 
 
+def without_kernels_of_swiglu(trainer: Any) -> Any:
+    """The same in torch's functions, as on a CPU."""
+    return mock.patch("finetune_trainer.swiglu._has_kernels", has_none)
+
+
+def without_kernels_of_loss(trainer: Any) -> Any:
+    """The same in torch's functions, as on a CPU; the gradient still is made in the forward pass."""
+    return mock.patch("finetune_trainer.loss._has_kernels", has_none)
+
+
 @contextlib.contextmanager
-def without_kernels_of_swiglu(trainer: Any) -> Iterator[None]:
-    import torch
+def without_keeping_activations(trainer: Any) -> Iterator[None]:
+    """Every layer recomputed."""
+    from finetune_trainer import lora
 
-    def forward(gate_up: Any) -> Any:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate).mul_(up)
-
-    def backward(gate_up: Any, gradient: Any) -> Any:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch.cat([torch.ops.aten.silu_backward(gradient * up, gate), gradient * torch.nn.functional.silu(gate)], dim=-1)
-
-    with mock.patch.multiple("finetune_trainer.swiglu", _forward=forward, _backward=backward):
+    embeddings = [lora.unwrap(chunk).embedding for chunk in trainer.chunks if lora.unwrap(chunk).pre_process]
+    hooks = [embedding.register_forward_hook(lora._start_gradient) for embedding in embeddings]
+    settings = [chunk.config for chunk in trainer.chunks]
+    names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+    before = [[getattr(each, name) for name in names] for each in settings]
+    for each in settings:
+        each.recompute_granularity, each.recompute_method, each.recompute_num_layers = "full", "uniform", 1
+    try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for each, values in zip(settings, before, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(each, name, value)
+
+
+def without_large_micro_batches(trainer: Any) -> Any:
+    """Micro batches of half the size, twice as many."""
+    return mock.patch(f"{__name__}.micro_batch_size", lambda training: training.micro_batch_size // 2)
 
 
 @contextlib.contextmanager
@@ -209,7 +264,9 @@ def without_going_straight_to_cudnn(trainer: Any) -> Iterator[None]:
     modules = [module for chunk in trainer.chunks for module in chunk.modules() if isinstance(module, PackedAttention)]
     before = [(module.can_go_straight, module.fused_attention.attention_dropout_ctx) for module in modules]
     for module in modules:
-        module.can_go_straight, module.fused_attention.attention_dropout_ctx = False, module.rng_states_tracker.fork
+        module.can_go_straight = False
+        if module.rng_states_tracker is not None:  # as with sequence parallelism
+            module.fused_attention.attention_dropout_ctx = module.rng_states_tracker.fork
     try:
         yield
     finally:
@@ -217,7 +274,13 @@ def without_going_straight_to_cudnn(trainer: Any) -> Iterator[None]:
             module.can_go_straight, module.fused_attention.attention_dropout_ctx = can_go_straight, context
 
 
+def without_nothing(trainer: Any) -> Any:
+    """For the noise of the others."""
+    return contextlib.nullcontext()
+
+
 LEVERS: dict[str, Callable[[Any], Any]] = {
+    "nothing": without_nothing,
     "kernels of adapters": without_kernels_of_adapters,
     "adding B's product in place": without_adding_in_place,
     "adding gradients in place": without_adding_gradients_in_place,
@@ -226,14 +289,18 @@ LEVERS: dict[str, Callable[[Any], Any]] = {
     "dealing rows by length": without_dealing,
     "leaving unlabelled tokens out": without_leaving_tokens_out,
     "kernels of SwiGLU": without_kernels_of_swiglu,
+    "kernels of the loss": without_kernels_of_loss,
+    "keeping activations": without_keeping_activations,
+    "large micro batches": without_large_micro_batches,
 }
 
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="how often every lever is visited")
+    parser.add_argument("--steps", type=int, default=6, help="steps of a visit; the first is not counted")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="levers whose name holds one of these words, parted by commas")
-    parser.add_argument("--record", type=Path, help="write seconds of every step to this file, as JSON")
+    parser.add_argument("--record", type=Path, help="write seconds of every step to this file after each round, as JSON")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="sft FLAGS")
     return parser.parse_args()
 

@@ -125,7 +125,7 @@ class _LabelledLoss(torch.autograd.Function):
 
 def cross_entropy_(logits: Tensor, labels: Tensor, shard: Shard, scale: Tensor | None = None) -> Tensor:
     """Losses [rows] float32 of this rank's logits [rows, columns and padding], which become their own gradient, times ``scale``. Collective over the shard's group."""
-    if logits.is_cuda:
+    if _has_kernels(logits):
         from finetune_trainer import kernels
 
         sums, targets = kernels.softmax_statistics(logits, labels, shard.first, shard.columns)
@@ -133,11 +133,15 @@ def cross_entropy_(logits: Tensor, labels: Tensor, shard: Shard, scale: Tensor |
         sums, targets = _softmax_statistics(logits, labels, shard)
     if shard.group is not None:
         sums, targets = _combine(sums, targets, shard.group)
-    if logits.is_cuda:
+    if _has_kernels(logits):
         kernels.write_softmax_gradient(logits, labels, sums, shard.first, shard.columns, scale)
     else:
         _write_softmax_gradient(logits, labels, sums, shard, scale)
     return sums - targets
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _combine(sums: Tensor, targets: Tensor, group: Any) -> tuple[Tensor, Tensor]:

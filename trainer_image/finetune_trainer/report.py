@@ -281,8 +281,10 @@ def leave_termination_message(report: RunReport, config: RunConfig) -> None:
 
 
 def find_versions() -> dict[str, str]:
-    """Versions of the installed packages that decide the result."""
-    found = {distribution.metadata["Name"].lower(): distribution.version for distribution in metadata.distributions() if distribution.metadata["Name"]}
+    """Versions of the installed packages that decide the result: of one that is there twice, that which Python imports."""
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():  # in the order of sys.path
+        found.setdefault((distribution.metadata["Name"] or "").lower(), distribution.version)
     return {name: found[name] for name in PACKAGES if name in found}
 
 

@@ -40,8 +40,12 @@ class _SwiGLU(torch.autograd.Function):
         return _backward(gate_up.flatten(0, -2), gradients[0].contiguous().flatten(0, -2)).view_as(gate_up)
 
 
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def _forward(gate_up: Tensor) -> Tensor:
-    if gate_up.is_cuda:
+    if _has_kernels(gate_up):
         from finetune_trainer import kernels
 
         return kernels.swiglu(gate_up)
@@ -50,7 +54,7 @@ def _forward(gate_up: Tensor) -> Tensor:
 
 
 def _backward(gate_up: Tensor, gradient: Tensor) -> Tensor:
-    if gate_up.is_cuda:
+    if _has_kernels(gate_up):
         from finetune_trainer import kernels
 
         return kernels.swiglu_gradient(gate_up, gradient)
