@@ -132,14 +132,15 @@ def test_float16_follows_float32(tuner: str, models: Models, rows: Path, gpu1: G
 
 
 @pytest.mark.one_gpu
-def test_a_step_that_overflows_float16_is_made_up_for(models: Models, rows: Path, gpu1: Gang, tmp_path: Path, note: Note) -> None:
-    """With a loss scale to begin with that is too large: weights change from the first step that does not overflow on, and it learns."""
+def test_a_run_learns_though_its_first_steps_overflow_float16(models: Models, rows: Path, gpu1: Gang, tmp_path: Path, note: Note) -> None:
+    """With a loss scale to begin with that is too large."""
     outcome = gpu1.run(train, replace(job_of("full", models, rows, tmp_path), dtype="float16"), FROM_8192)[0]
     overflows = [sentence for sentence in outcome.notes if "changed nothing: its gradients exceeded float16's range" in sentence]
     note(overflows=overflows, losses=outcome.losses)
-    assert 1 <= len(overflows) <= 5
+    assert 1 <= len(overflows) <= 4
     assert outcome.norms[: len(overflows)] == [0.0] * len(overflows)
     assert all(norm > 0 for norm in outcome.norms[len(overflows) :])
+    assert outcome.losses[-1] < outcome.losses[0] - 0.5
 
 
 @pytest.mark.one_gpu
