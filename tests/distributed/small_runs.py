@@ -122,7 +122,7 @@ def explode(trainer: Any) -> None:
 
 
 def raise_loss_scale(trainer: Any, scale: float) -> None:
-    """Begin with another loss scale of float16; the tiny models' gradients exceed its range from about 2,048 on."""
+    """Begin with another loss scale of float16."""
     for inner in trainer.optimizer.chained_optimizers:
         inner.grad_scaler._scale.fill_(scale)
 
