@@ -1,32 +1,42 @@
-"""What each lever gives, alone: ``python gpu_levers.py [--rounds N] [--steps N] [--only WORDS] [--record FILE] sft FLAGS`` sets a run up as ``megatron sft FLAGS`` does, and then takes some steps with everything and some without each lever, in turn, in one process.
+"""What each lever gives, alone: ``python gpu_levers.py [--what export|kernels] [--rounds N] [--steps N] [--only WORDS] [--record FILE] sft FLAGS`` sets a run up as ``megatron sft FLAGS`` does, and
+then takes some steps (or exports) with everything and some without each lever, in turn, in one process for each GPU.
 
-Prints a line for each. Trains as it goes: losses are not to be compared.
+Prints a line for each; with ``--what kernels`` no levers, but what a step's kernels take by torch's profiler. Trains as it goes: losses are not to be compared. Writes end in the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
+import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
-from unittest import mock
+
+sys.path.append(str(Path(__file__).parent))
+import gpu_export_levers
+import gpu_step_levers
+from gpu_marks import leave_fsync_out
 
 WARM_UP = 1
 """Steps at the start of a visit that are not counted."""
+LEVERS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {"steps": gpu_step_levers.LEVERS, "export": gpu_export_levers.LEVERS}
+"""By what is timed."""
+SHOWN = 40
+"""Kernels in the table of those that take longest."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """Seconds of one step, and of its forward and backward passes those in which a core of the host worked for this process."""
+class Duration:
+    """Seconds of one step or export, and those in which a core of the host worked for this process, of a step in its forward and backward passes."""
 
     seconds: float
     host: float
@@ -34,34 +44,51 @@ class Step:
 
 @dataclass
 class Visits:
-    """What one lever's visits took, round by round; ``having`` are the steps with everything just before or after, in turn."""
+    """What one lever's visits took, round by round; ``having`` are those with everything just before or after, in turn."""
 
-    having: list[list[Step]] = field(default_factory=list)
-    without: list[list[Step]] = field(default_factory=list)
+    having: list[list[Duration]] = field(default_factory=list)
+    without: list[list[Duration]] = field(default_factory=list)
     more_gib: float = 0.0
     """The most memory of the last visit without it, less that of the one with everything beside it."""
 
     def describe(self) -> str:
-        step, host = (f"{name} {ratio:.3f} ± {error:.3f}" for name, ratio, error in [("step", *compare(self, "seconds")), ("host", *compare(self, "host"))])
-        middle = median(step.seconds for steps in self.having for step in steps)
-        return f"{step}, {host} ({len(self.having)} rounds; {middle:.4f} s/it with everything), {self.more_gib:+.1f} GiB"
+        all_of_it, host = (
+            f"{name} {ratio:.3f} ± {error:.3f}" for name, ratio, error in [("seconds", *compare(self, "seconds")), ("host", *compare(self, "host"))]
+        )
+        middle = median(each.seconds for visit in self.having for each in visit)
+        return f"{all_of_it}, {host} ({len(self.having)} rounds; {middle:.4f} s with everything), {self.more_gib:+.1f} GiB"
 
 
 def compare(visits: Visits, name: str) -> tuple[float, float]:
-    """A step without the lever over one with everything, by ``name`` of Step: geometric mean over the rounds of the ratio of medians, and its standard error."""
+    """What it takes without the lever over what it takes with everything, by ``name`` of Duration: geometric mean over the rounds of the ratio of medians, and its standard error."""
     logarithms = [
-        math.log(median(getattr(step, name) for step in without) / median(getattr(step, name) for step in having))
+        math.log(median(getattr(each, name) for each in without) / median(getattr(each, name) for each in having))
         for having, without in zip(visits.having, visits.without, strict=True)
     ]
     ratio = math.exp(mean(logarithms))
     return ratio, ratio * stdev(logarithms) / math.sqrt(len(logarithms)) if len(logarithms) > 1 else math.nan
 
 
+def is_wanted(name: str, only: list[str]) -> bool:
+    """Whether a lever's name holds one of these words, if there are any."""
+    return not only or any(words in name for words in only)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run that is about to train."""
+
+    job: Any
+    chunks: Any
+    trainer: Any
+    ranks: Any
+
+
 def launch_ranks(options: argparse.Namespace) -> int:
     """`megatron sft`."""
     from finetune_trainer import cli, launch
 
-    how = json.dumps([options.rounds, options.steps, options.only, options.record and str(options.record.absolute())])
+    how = json.dumps([options.what, options.rounds, options.steps, options.only, options.record and str(options.record.absolute())])
     launch.launch = functools.partial(launch.launch, program=(sys.executable, "-P", str(Path(__file__).resolve()), "rank", how))
     return cli.main(options.command)
 
@@ -69,63 +96,104 @@ def launch_ranks(options: argparse.Namespace) -> int:
 def run_rank(how: str, arguments: list[str]) -> None:
     """`python -m finetune_trainer RUN.json`, with the measurement in the place of training."""
     from finetune_trainer import __main__ as program
-    from finetune_trainer.report import Report
 
-    begin_stage = Report.stage
+    load = program.load
 
-    def stage(self: Any, name: Any) -> None:
-        if name == "loading":
-            from finetune_trainer import train
+    def load_and_measure(job: Any, ranks: Any, report: Any) -> None:
+        loaded = Loaded(job, *load(job, ranks, report), ranks)
+        with program.collects_garbage():
+            measure(loaded, *json.loads(how))
 
-            train.fit = functools.partial(measure, *json.loads(how))
-        begin_stage(self, name)
-
-    Report.stage = stage  # type: ignore[method-assign]
-    program.main(arguments)
+    program.load = load_and_measure  # type: ignore[assignment]
+    program.end(program.main(arguments))
 
 
-def measure(rounds: int, num_steps: int, only: list[str], record: str | None, trainer: Any, rows: Any, config: Any, ranks: Any, *_: Any) -> None:
-    """Takes the place of ``train.fit``, and ends the process."""
+def measure(loaded: Loaded, what: str, rounds: int, num_steps: int, only: list[str], record: str | None) -> None:
+    """Measure, tell, and end the process."""
     import torch
 
     from finetune_trainer import train
 
-    train.set_training(trainer, True)
-    levers = {name: lever for name, lever in LEVERS.items() if not only or any(words in name for words in only)}
+    train.set_training(loaded.trainer, True)
+    leave_fsync_out()
+    if what == "kernels":
+        time_kernels(loaded, num_steps, record)
+    else:
+        visit_levers(loaded, what, rounds, num_steps, only, record)
+    sys.stdout.flush()
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def time_kernels(loaded: Loaded, num_steps: int, record: str | None) -> None:
+    """The kernels of the first rank's steps (on a CPU: torch's functions), those that take longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    numbers = itertools.count()
+    durations = [take_step(loaded, next(numbers)) for _ in range(num_steps)][WARM_UP if num_steps > WARM_UP else 0 :]
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        for _ in range(num_steps):
+            take_step(loaded, next(numbers))
+        torch.cuda.synchronize() if on_gpu else None
+    times = {row.key: (row.self_device_time_total if on_gpu else row.self_cpu_time_total, row.count) for row in profiler.key_averages()}
+    kernels = [
+        {"kernel": name, "milliseconds": microseconds / num_steps / 1e3, "launches": count / num_steps}
+        for name, (microseconds, count) in sorted(times.items(), key=lambda item: item[1], reverse=True)
+        if microseconds
+    ]
+    if loaded.ranks.rank == 0:
+        for each in kernels[:SHOWN]:
+            print(f"{each['milliseconds']:9.3f} ms {each['launches']:7.1f} launches  {str(each['kernel'])[:150]}")
+        print(
+            f"{sum(each['milliseconds'] for each in kernels):.2f} ms of kernels; {median(each.seconds for each in durations):.4f} s a step without the profiler"
+        )
+        if record:
+            Path(record).write_text(json.dumps({"steps": [asdict(each) for each in durations], "kernels": kernels}))
+
+
+def visit_levers(loaded: Loaded, what: str, rounds: int, num_steps: int, only: list[str], record: str | None) -> None:
+    """Steps or exports with and without each lever, in turn."""
+    import torch
+
+    levers = {name: lever for name, lever in LEVERS[what].items() if is_wanted(name, only)}
     visits = {name: Visits() for name in levers}
-    numbers = iter(range(sys.maxsize))
+    numbers = itertools.count()
+    do = take_step if what == "steps" else take_export
 
-    def visit() -> tuple[list[Step], float]:
+    def visit() -> tuple[list[Duration], float]:
         torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
-        steps = [take_step(trainer, rows, config, ranks, next(numbers)) for _ in range(num_steps)][WARM_UP:]
-        return steps, torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        durations = [do(loaded, next(numbers)) for _ in range(num_steps)][WARM_UP if num_steps > WARM_UP else 0 :]
+        return durations, torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
+    if what == "export":
+        visit()  # into fresh memory, where the first one writes
     for turn in range(rounds):
         for name, without in levers.items():
             having = visit() if turn % 2 == 0 else None
-            with without(trainer):
+            with without(loaded.trainer):
                 lacking = visit()
             having = having or visit()
             visits[name].having.append(having[0])
             visits[name].without.append(lacking[0])
             visits[name].more_gib = lacking[1] - having[1]
-        if ranks.rank == 0 and record:
+        if loaded.ranks.rank == 0 and record:
             Path(record).write_text(json.dumps({name: asdict(of_lever) for name, of_lever in visits.items()}))
-    if ranks.rank == 0:
+    if loaded.ranks.rank == 0:
         for name, of_lever in visits.items():
-            print(f"without {name}: {of_lever.describe()}", flush=True)
-    torch.distributed.barrier()
-    os._exit(0)
+            print(f"without {name}: {of_lever.describe()}")
 
 
-def take_step(trainer: Any, rows: Any, config: Any, ranks: Any, step: int) -> Step:
+def take_step(loaded: Loaded, step: int) -> Duration:
     """One step of ``train.fit``."""
     from finetune_trainer import train
 
+    trainer, rows, config, ranks = loaded.trainer, loaded.job.rows, loaded.job.config, loaded.ranks
     training = config.training
     began = time.perf_counter()
     reading = train.order(len(rows.rows), training.seed, config.data.train_dataloader_shuffle)
-    numbers = train.micro_batches(reading, step, training.global_batch_size, micro_batch_size(training), ranks.dp, rows.lengths)
+    numbers = train.micro_batches(reading, step, training.global_batch_size, gpu_step_levers.micro_batch_size(training), ranks.dp, rows.lengths)
     batches = [train.collate([rows.rows[number] for number in some], train._multiple(config, ranks), ranks.device) for some in numbers]
     train.seed_step(trainer, step, ranks)
     host = time.process_time()
@@ -134,175 +202,41 @@ def take_step(trainer: Any, rows: Any, config: Any, ranks: Any, step: int) -> St
     train.sum_up(outputs, batches, ranks, False)
     norm, _ = train.update(trainer)
     assert norm > 0, "no gradient: a switch has cut something off"
-    return Step(time.perf_counter() - began, host)
+    return Duration(time.perf_counter() - began, host)
 
 
-def micro_batch_size(training: Any) -> int:
-    return int(training.micro_batch_size)
-
-
-def has_none(*_: Any) -> bool:
-    """Takes the place of a ``_has_kernels``; a MagicMock would keep every tensor that it was called with."""
-    return False
-
-
-def without_kernels_of_adapters(trainer: Any) -> Any:
-    """Products, and dropout with a mask of whole numbers, by torch."""
-    return mock.patch("finetune_trainer.low_rank._has_kernels", has_none)
-
-
-def without_adding_in_place(trainer: Any) -> Any:
-    """B's product by the same kernel, onto a copy of the base's output."""
-    from finetune_trainer import low_rank
-
-    def forward(ctx: Any, output: Any, low: Any, factor: Any, scale: float, sums: Any) -> Any:
-        ctx.scale, ctx.sums = scale, sums
-        ctx.save_for_backward(low, factor)
-        copy = output.clone()
-        low_rank._add_product(copy.view(-1, copy.shape[-1]), low.flatten(0, -2), factor.t(), None, scale, onto=True)
-        return copy
-
-    return mock.patch.object(low_rank.Raise, "forward", staticmethod(forward))
-
-
-@contextlib.contextmanager
-def without_adding_gradients_in_place(trainer: Any) -> Iterator[None]:
-    """Gradients of adapters by way of autograd, and of Megatron's hook for each."""
-    from finetune_trainer import lora
-
-    factors = [factor for _, layer in lora.adapters(trainer.chunks) for factor in (layer.lora_A, layer.lora_B)]
-    before = [factor.sums for factor in factors]
-    for factor in factors:
-        factor.sums = None
-    try:
-        yield
-    finally:
-        for factor, sums in zip(factors, before, strict=True):
-            factor.sums = sums
-
-
-def without_dealing(trainer: Any) -> Any:
-    def deal(sizes: Any, groups: int) -> list[list[int]]:
-        room = len(sizes) // groups
-        return [list(range(group * room, (group + 1) * room)) for group in range(groups)]
-
-    return mock.patch("finetune_trainer.data.order.deal", deal)
-
-
-@contextlib.contextmanager
-def without_leaving_tokens_out(trainer: Any) -> Iterator[None]:
-    """Output layer and loss on every token."""
+def take_export(loaded: Loaded, number: int) -> Duration:
+    """One Hugging Face export, the adapters merged, of which the page cache holds one at a time."""
     import torch
 
-    from finetune_trainer import train
+    from finetune_trainer import convert
 
-    collate = train.collate
-
-    def every(*arguments: Any) -> Any:
-        batch = collate(*arguments)
-        tokens = batch.tokens[0]
-        return replace(batch, labelled=torch.arange(len(tokens) - 1, device=tokens.device), labels=tokens[1:].contiguous())
-
-    with mock.patch.object(train, "collate", every):
-        yield
-
-
-def without_kernels_of_swiglu(trainer: Any) -> Any:
-    """The same in torch's functions, as on a CPU."""
-    return mock.patch("finetune_trainer.swiglu._has_kernels", has_none)
-
-
-def without_kernels_of_loss(trainer: Any) -> Any:
-    """The same in torch's functions, as on a CPU; the gradient still is made in the forward pass."""
-    return mock.patch("finetune_trainer.loss._has_kernels", has_none)
-
-
-@contextlib.contextmanager
-def without_keeping_activations(trainer: Any) -> Iterator[None]:
-    """Every layer recomputed."""
-    from finetune_trainer import lora
-
-    embeddings = [lora.unwrap(chunk).embedding for chunk in trainer.chunks if lora.unwrap(chunk).pre_process]
-    hooks = [embedding.register_forward_hook(lora._start_gradient) for embedding in embeddings]
-    settings = [chunk.config for chunk in trainer.chunks]
-    names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
-    before = [[getattr(each, name) for name in names] for each in settings]
-    for each in settings:
-        each.recompute_granularity, each.recompute_method, each.recompute_num_layers = "full", "uniform", 1
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for each, values in zip(settings, before, strict=True):
-            for name, value in zip(names, values, strict=True):
-                setattr(each, name, value)
-
-
-def without_large_micro_batches(trainer: Any) -> Any:
-    """Micro batches of half the size, twice as many."""
-    return mock.patch(f"{__name__}.micro_batch_size", lambda training: training.micro_batch_size // 2)
-
-
-@contextlib.contextmanager
-def without_launching_as_compiled(trainer: Any) -> Iterator[None]:
-    """Kernels by Triton's own way: it looks at every argument of every launch."""
-    from finetune_trainer.kernel_launch import Kernel
-
-    def launch(self: Any, grid: Any, *arguments: Any) -> None:
-        self.function[grid](*arguments, num_warps=self.warps)
-
-    with mock.patch.object(Kernel, "launch", launch):
-        yield
-
-
-@contextlib.contextmanager
-def without_going_straight_to_cudnn(trainer: Any) -> Iterator[None]:
-    """Attention by transformer-engine's module, with its choice of a backend, and its own random states, at every call."""
-    from finetune_trainer.packed_attention import PackedAttention
-
-    modules = [module for chunk in trainer.chunks for module in chunk.modules() if isinstance(module, PackedAttention)]
-    before = [(module.can_go_straight, module.fused_attention.attention_dropout_ctx) for module in modules]
-    for module in modules:
-        module.can_go_straight = False
-        if module.rng_states_tracker is not None:  # as with sequence parallelism
-            module.fused_attention.attention_dropout_ctx = module.rng_states_tracker.fork
-    try:
-        yield
-    finally:
-        for module, (can_go_straight, context) in zip(modules, before, strict=True):
-            module.can_go_straight, module.fused_attention.attention_dropout_ctx = can_go_straight, context
-
-
-def without_nothing(trainer: Any) -> Any:
-    """For the noise of the others."""
-    return contextlib.nullcontext()
-
-
-LEVERS: dict[str, Callable[[Any], Any]] = {
-    "nothing": without_nothing,
-    "kernels of adapters": without_kernels_of_adapters,
-    "adding B's product in place": without_adding_in_place,
-    "adding gradients in place": without_adding_gradients_in_place,
-    "launching kernels as compiled": without_launching_as_compiled,
-    "going straight to cuDNN": without_going_straight_to_cudnn,
-    "dealing rows by length": without_dealing,
-    "leaving unlabelled tokens out": without_leaving_tokens_out,
-    "kernels of SwiGLU": without_kernels_of_swiglu,
-    "kernels of the loss": without_kernels_of_loss,
-    "keeping activations": without_keeping_activations,
-    "large micro batches": without_large_micro_batches,
-}
+    job, ranks = loaded.job, loaded.ranks
+    folder = Path(job.config.run.output_dir) / "export"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    began, host = time.perf_counter(), time.process_time()
+    convert.export_huggingface(loaded.chunks, job.family, job.hf, ranks, folder, job.config.output.max_shard_size)
+    torch.distributed.barrier()
+    duration = Duration(time.perf_counter() - began, time.process_time() - host)
+    if ranks.rank == 0:
+        shutil.rmtree(folder)
+    return duration
 
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--what", choices=["steps", "export", "kernels"], default="steps", help="what is timed, and by that which levers are visited")
     parser.add_argument("--rounds", type=int, default=2, help="how often every lever is visited")
-    parser.add_argument("--steps", type=int, default=6, help="steps of a visit; the first is not counted")
+    parser.add_argument("--steps", type=int, help="steps or exports of a visit, by default 6 and 1; the first is not counted where there are several")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="levers whose name holds one of these words, parted by commas")
-    parser.add_argument("--record", type=Path, help="write seconds of every step to this file after each round, as JSON")
+    parser.add_argument("--record", type=Path, help="write the seconds of each to this file after each round, as JSON")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="sft FLAGS")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.what in LEVERS and not any(is_wanted(name, options.only) for name in LEVERS[options.what]):
+        parser.error(f"--only names none of {', '.join(LEVERS[options.what])}")
+    options.steps = options.steps or (1 if options.what == "export" else 6)
+    return options
 
 
 if __name__ == "__main__":

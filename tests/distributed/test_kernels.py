@@ -52,6 +52,7 @@ print(json.dumps({
 
 INTERPRETED_DROPOUT = """
 import json, torch
+from unittest import mock
 from finetune_trainer import low_rank
 from finetune_trainer import low_rank_kernels as kernels
 
@@ -62,8 +63,7 @@ hidden, factor, of_low, target = (torch.randn(*shape).to(DTYPE) for shape in ((T
 threshold = low_rank.threshold(DROPOUT)
 low, packed = kernels.lower(hidden, factor, threshold)
 _, others = kernels.lower(hidden, factor, threshold)
-kept = (packed.view(TOKENS, -1, 1, kernels.GROUP).int() >> torch.arange(8).view(8, 1)) & 1
-kept = kept.reshape(TOKENS, -1)[:, :COLUMNS]
+kept = ((packed[:, :, None].int() >> torch.arange(8)) & 1).flatten(1)[:, :COLUMNS]
 dropped, change = hidden.double() * kept, (of_low.double() @ factor.double()) * kept
 added, written = target.clone(), target.clone()
 raised = target.clone()
@@ -73,6 +73,10 @@ kernels.add_product(raised, of_low, factor.t().contiguous().t(), scale=SCALE)
 total = torch.randn(RANK, COLUMNS)
 before = total.double()
 kernels.add_factor_gradient(total, hidden, packed, of_low)
+factor_b = torch.randn(COLUMNS, RANK).to(DTYPE)
+wide = torch.randn(COLUMNS, RANK)
+wide_before = wide.double()
+of_wide = kernels.find_gradients(target, of_low, factor_b, SCALE, wide)
 empty = kernels.lower(hidden[:0], factor, threshold)[0].shape[0]
 
 
@@ -88,14 +92,30 @@ try:
 except RuntimeError as error:
     found_out = "modified by an inplace operation" in str(error)
 
+low_rank.WIDE_RANK, low_rank.WIDE_ITEMSIZE = RANK, DTYPE.itemsize
+inputs, reads_once = [], []
+for low_rank.WIDE_BYTES, sums in ((target.nbytes, None), (target.nbytes, torch.zeros(COLUMNS, RANK)), (target.nbytes + 1, None)):
+    inputs.append((of_low.clone().requires_grad_(), factor_b.clone().requires_grad_(), sums))
+    with mock.patch.object(kernels, "find_gradients", wraps=kernels.find_gradients) as reading:
+        low_rank.Raise.apply(torch.zeros(TOKENS, COLUMNS, dtype=DTYPE), *inputs[-1][:2], SCALE, sums).backward(target)
+    reads_once.append(reading.called)
+
 print(json.dumps({
     "a layer that keeps its own output is found out": found_out,
+    "reads once": reads_once,
     "errors": {
         "low": difference(low, dropped @ factor.double().t()),
         "factor": difference(total, before + of_low.double().t() @ dropped),
         "added": difference(added, target.double() + change),
         "written": difference(written, change),
         "raised": difference(raised, target.double() + SCALE * of_low.double() @ factor.double()),
+        "low, read once": difference(of_wide, SCALE * target.double() @ factor_b.double()),
+        **{f"low, by autograd {n}": difference(of.grad, SCALE * target.double() @ factor_b.double()) for n, (of, _, _) in enumerate(inputs)},
+        **{
+            f"B, by autograd {n}": difference(of.grad if sums is None else sums, SCALE * target.double().t() @ of_low.double())
+            for n, (_, of, sums) in enumerate(inputs)
+        },
+        "B, read once": difference(wide, wide_before + SCALE * target.double().t() @ of_low.double()),
     },
     "share kept": kept.double().mean().item(),
     "spread of columns": kept.double().mean(dim=0).std().item(),
@@ -121,10 +141,11 @@ for kernel, constants in (
     (kernels._softmax_gradient, {"BLOCK": 4096, "SCALED": True}),
     (kernels._swiglu, {"BLOCK": 2048}),
     (kernels._swiglu_gradient, {"BLOCK": 2048}),
-    (low_rank_kernels._lower, SIZES | {"ROWS": 32, "ROUNDS": 7}),
-    (low_rank_kernels._find_factor_gradient, SIZES | {"ROWS": 64}),
-    (low_rank_kernels._add_parts, {"BLOCK": 1024}),
-    (low_rank_kernels._add_product, SIZES | {"ROWS": 64, "ONTO": True, "DROPPED": True}),
+    (low_rank_kernels._lower, SIZES | {"ROWS": low_rank_kernels.ROWS, "ROUNDS": low_rank_kernels.ROUNDS}),
+    (low_rank_kernels._find_factor_gradient, SIZES | {"ROWS": low_rank_kernels.GRADIENT_ROWS}),
+    (low_rank_kernels._find_gradients, {"ROWS": low_rank_kernels.WIDE_ROWS, "COLUMNS": low_rank_kernels.WIDE_COLUMNS, "RANK": 16}),
+    (low_rank_kernels._add_parts, {"BLOCK": low_rank_kernels.SUMS_BLOCK}),
+    *((low_rank_kernels._add_product, SIZES | {"ROWS": low_rank_kernels.PRODUCT_ROWS, "ONTO": onto, "DROPPED": dropped}) for onto in (True, False) for dropped in (True, False)),
 ):
     names = kernel.function.arg_names
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
@@ -132,6 +153,8 @@ for kernel, constants in (
         signature["factor"] = "*fp32"
     if kernel is low_rank_kernels._add_parts:
         signature["target"] = "*fp32"
+    if kernel is low_rank_kernels._find_gradients:
+        signature |= {"factor": "*bf16", "of_low": "*fp32"}
     source = ASTSource(kernel.function, signature, {(names.index(name),): value for name, value in constants.items()})
     print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernel.warps}).asm["ptx"]))
 """
@@ -162,6 +185,7 @@ def test_kernels_with_dropout_compute_what_torch_does(dtype: str, tolerance: flo
     assert {name: error for name, error in found["errors"].items() if error > tolerance} == {}
     assert found["empty"] == 0
     assert found["a layer that keeps its own output is found out"]
+    assert found["reads once"] == [True, True, False]
     assert found["threshold"] == pytest.approx(0.3 * 2**16, abs=0.5)
     deviation = (0.3 * 0.7) ** 0.5
     assert found["share kept"] == pytest.approx(0.7, abs=5 * deviation / (300 * tokens) ** 0.5)
@@ -175,7 +199,7 @@ def test_kernels_compile_for_a_hopper_gpu(tmp_path: object) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILED], env={"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = [int(line) for line in done.stdout.split()]
-    assert len(sizes) == 8
+    assert len(sizes) == 12
     assert min(sizes) > 1000
 
 

@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import small_models
-from finetune_trainer import lora
+from finetune_trainer import lora, low_rank
 from finetune_trainer.low_rank import Lower, Raise, share_kept
 from gang import Gang
 from gpu_runs import forget_attention_backend, train
@@ -27,14 +28,24 @@ Note = Callable[..., None]
 
 def unpack(kept: torch.Tensor) -> torch.Tensor:
     """The bits that the kernels have kept, as a mask [tokens, columns]."""
-    from finetune_trainer.low_rank_kernels import GROUP
-
-    places = torch.arange(8, device=kept.device).view(8, 1)
-    return ((kept.view(len(kept), -1, 1, GROUP).int() >> places) & 1).reshape(len(kept), -1)[:, :COLUMNS]
+    return ((kept[:, :, None].int() >> torch.arange(8, device=kept.device)) & 1).flatten(1)[:, :COLUMNS]
 
 
-def compare_with_torch(dtype: str, rank: int, dropout: float, in_place: bool) -> dict[str, float]:
-    """Differences of outputs and gradients to the formula in float64; ``in_place`` has the factors' gradients added to float32 ones."""
+def compare_with_torch(dtype: str, rank: int, dropout: float, in_place: bool, wide: bool = False) -> dict[str, float]:
+    """Differences of outputs and gradients to the formula in float64; ``in_place`` has the factors' gradients added to float32 ones, ``wide`` has small gradients treated like large ones."""
+    from finetune_trainer import low_rank_kernels
+
+    with (
+        mock.patch.object(low_rank, "WIDE_BYTES", 0 if wide else low_rank.WIDE_BYTES),
+        mock.patch.object(low_rank_kernels, "find_gradients", wraps=low_rank_kernels.find_gradients) as reading_once,
+    ):
+        differences = find_differences(dtype, rank, dropout, in_place)
+    assert reading_once.called is wide
+    return differences
+
+
+def find_differences(dtype: str, rank: int, dropout: float, in_place: bool) -> dict[str, float]:
+    """See ``compare_with_torch``."""
     generator = torch.Generator("cuda").manual_seed(3)
 
     def made(*shape: int) -> torch.Tensor:
@@ -70,6 +81,15 @@ def test_products_and_gradients_are_those_of_the_formula(dtype: str, rank: int, 
     (differences,) = gpu1.run(compare_with_torch, dtype, rank, dropout, in_place)
     note(**differences)
     assert {name: value for name, value in differences.items() if not value <= TOLERANCE[dtype]} == {}
+
+
+@pytest.mark.one_gpu
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("rank", [8, 16])
+def test_gradients_of_a_wide_layer_are_those_of_the_formula(rank: int, in_place: bool, gpu1: Gang, note: Note) -> None:
+    (differences,) = gpu1.run(compare_with_torch, "bfloat16", rank, DROPOUT, in_place, wide=True)
+    note(**differences)
+    assert {name: value for name, value in differences.items() if not value <= TOLERANCE["bfloat16"]} == {}
 
 
 @pytest.mark.one_gpu

@@ -18,6 +18,8 @@ from finetune_trainer.memory import MAX_KERNEL_RANK
 
 LEVELS = 2**16
 """Dropout's probability is a multiple of 1 / LEVELS: the kernels draw 16 bits for a number."""
+WIDE_BYTES, WIDE_RANK, WIDE_ITEMSIZE = 2**29, 16, 2
+"""A gradient of so many bytes, as the MLP's first layer has on long rows, is read once for both gradients of B's product; up to this rank, to which the kernel pads smaller ones, and in numbers of this size."""
 
 
 def threshold(dropout: float) -> int:
@@ -83,14 +85,30 @@ class Raise(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         (gradient,) = gradients
         low, factor = ctx.saved_tensors
-        flat = gradient.flatten(0, -2)
-        of_low = flat.new_empty(flat.shape[0], factor.shape[1])
-        torch.addmm(of_low, flat, factor, beta=0, alpha=ctx.scale, out=of_low)
-        return gradient, of_low.view(low.shape), _sum_product(flat.t(), low.flatten(0, -2), ctx.scale, ctx.sums), None, None
+        of_low, of_factor = _find_gradients(gradient.flatten(0, -2), low.flatten(0, -2), factor, ctx.scale, ctx.sums)
+        return gradient, of_low.view(low.shape), of_factor, None, None
 
 
 def _has_kernels(hidden: Tensor, rank: int) -> bool:
     return hidden.is_cuda and rank <= MAX_KERNEL_RANK
+
+
+def _is_wide(gradient: Tensor, rank: int) -> bool:
+    """Whether a kernel that reads it once is faster than two of cuBLAS."""
+    return _has_kernels(gradient, rank) and rank <= WIDE_RANK and gradient.itemsize == WIDE_ITEMSIZE and gradient.nbytes >= WIDE_BYTES
+
+
+def _find_gradients(gradient: Tensor, low: Tensor, factor: Tensor, scale: float, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Of low, and of B where it was not added to ``sums``."""
+    if not _is_wide(gradient, factor.shape[1]):
+        of_low = gradient.new_empty(low.shape)
+        torch.addmm(of_low, gradient, factor, beta=0, alpha=scale, out=of_low)
+        return of_low, _sum_product(gradient.t(), low, scale, sums)
+    from finetune_trainer import low_rank_kernels
+
+    found = torch.zeros(factor.shape, device=gradient.device) if sums is None else sums
+    of_low = low_rank_kernels.find_gradients(gradient, low, factor, scale, found)
+    return of_low, found.to(factor.dtype) if sums is None else None
 
 
 def _find_factor_gradient(hidden: Tensor, kept: Tensor | None, of_low: Tensor, sums: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Triton kernels for the products of an adapter. With dropout, what is dropped is never written, only a bit for each number that says whether it was kept.
 
-A program works on blocks of 8 x GROUP columns; bit ``j`` of byte ``i`` of a block says whether its column ``j * GROUP + i`` was kept. Random numbers are Philox-4x32 with seven rounds (Salmon et al., "Parallel random numbers:
+A program works on blocks of 8 x GROUP columns; bit ``j`` of byte ``i`` says whether column ``8 * i + j`` was kept. Random numbers are Philox-4x32 with seven rounds (Salmon et al., "Parallel random numbers:
 as easy as 1, 2, 3", 2011), 16 bits for a number, its key and place taken from torch's generator of the GPU, so that a recomputed forward pass draws the same.
 """
 
@@ -20,12 +20,14 @@ BLOCK = 8 * GROUP
 ROUNDS = 7
 FEW_TOKENS = 4096
 """Up to here a program that reads whole rows takes few of them, so that there is one for every multiprocessor."""
-FEW_ROWS, ROWS, GRADIENT_ROWS = 16, 32, 64
+FEW_ROWS, ROWS, GRADIENT_ROWS, PRODUCT_ROWS = 16, 32, 64, 16
 """Rows of hidden that a program works on at a time."""
 PROGRAMS = 1024
 """As many as keep a GPU busy."""
 SUMS_BLOCK = 1024
-WARPS, GRADIENT_WARPS = 4, 4
+WARPS, GRADIENT_WARPS, PRODUCT_WARPS = 4, 4, 2
+WIDE_ROWS, WIDE_COLUMNS, WIDE_PARTS, WIDE_WARPS = 64, 256, 16, 4
+"""Of a gradient that is read once: rows and columns at a time, and into how many parts its rows are cut."""
 
 
 def lower(hidden: Tensor, factor: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
@@ -58,14 +60,33 @@ def add_factor_gradient(target: Tensor, hidden: Tensor, kept: Tensor, of_low: Te
     _add_parts.launch((_count_blocks(target.numel(), SUMS_BLOCK),), target, sums, target.numel(), parts, SUMS_BLOCK)
 
 
+def find_gradients(gradient: Tensor, low: Tensor, factor: Tensor, scale: float, target: Tensor) -> Tensor:
+    """For gradient [tokens, out], low [tokens, rank] and B [out, rank], reading gradient once: ``scale * gradient B`` [tokens, rank], while ``scale * gradient^T low`` is added to target, float32 [out, rank].
+
+    Always the same sums in the same order. Until they are summed, the parts of both take float32 [out / WIDE_COLUMNS, tokens, rank] and [WIDE_PARTS, out, rank].
+    """
+    gradient, low, factor = gradient.contiguous(), low.contiguous(), factor.contiguous()
+    assert target.is_contiguous(), f"rows of {target.shape[1]} numbers lie {target.stride()} apart"
+    (tokens, columns), rank = gradient.shape, factor.shape[1]
+    blocks = _count_blocks(columns, WIDE_COLUMNS)
+    parts = max(1, min(_count_blocks(tokens, WIDE_ROWS), WIDE_PARTS))
+    share = _count_blocks(_count_blocks(tokens, parts), WIDE_ROWS) * WIDE_ROWS
+    of_low = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=gradient.device)
+    sums = torch.empty(parts, columns, rank, dtype=torch.float32, device=gradient.device)
+    sizes = (WIDE_ROWS, WIDE_COLUMNS, _padded(rank))
+    _find_gradients.launch((blocks, parts), gradient, low, factor, of_low, sums, tokens, columns, rank, share, scale, *sizes)
+    _add_parts.launch((_count_blocks(target.numel(), SUMS_BLOCK),), target, sums, target.numel(), parts, SUMS_BLOCK)
+    return of_low.sum(dim=0).to(low.dtype)
+
+
 def add_product(target: Tensor, left: Tensor, right: Tensor, kept: Tensor | None = None, scale: float = 1.0, *, onto: bool = True) -> None:
     """Add ``scale * left right`` to target [tokens, columns], where kept; or write it over what is there, with zeros where dropped. left [tokens, rank], right [rank, columns]."""
     assert target.is_contiguous(), f"rows of {target.shape[1]} numbers lie {target.stride()} apart"
     left = left.contiguous()
     (tokens, columns), rank = target.shape, left.shape[1]
     if tokens:
-        grid = (_count_blocks(tokens, GRADIENT_ROWS), _count_blocks(columns, BLOCK))
-        sizes = (GRADIENT_ROWS, GROUP, _padded(rank))
+        grid = (_count_blocks(tokens, PRODUCT_ROWS), _count_blocks(columns, BLOCK))
+        sizes = (PRODUCT_ROWS, GROUP, _padded(rank))
         _add_product.launch(
             grid, target, left, right, left if kept is None else kept, tokens, columns, rank, *right.stride(), scale, onto, kept is not None, *sizes
         )
@@ -93,17 +114,14 @@ def _padded(rank: int) -> int:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _unpack(bits, ROWS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bytes [rows, group] -> whether each column [rows, 8 x group] was kept."""
-    places = tl.arange(0, 8)
-    return tl.reshape((bits[:, None, :] >> places[None, :, None]) & 1, (ROWS, 8 * GROUP)) != 0
+    """Bytes [rows, group] -> whether each column [rows, 8 x group] was kept. The eight of a byte stay with the thread that has it."""
+    return tl.reshape((bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (ROWS, 8 * GROUP)) != 0
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kept_bits(random, threshold, PLACE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two bits from 32 random ones, at PLACE and above it."""
-    low = ((random & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
-    high = ((random >> 16).to(tl.int32) >= threshold).to(tl.int32)
-    return (low << PLACE) | (high << (PLACE + 1))
+def _kept_bits(random, bound, PLACE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two bits, at PLACE and above it: whether the lower and the upper half of 32 random bits reach the upper half of ``bound``, whose lower half is zero."""
+    return tl.where((random << 16) >= bound, 1 << PLACE, 0) | tl.where(random >= bound, 2 << PLACE, 0)
 
 
 @Kernel.of("tokens", "seed", "place", "threshold", warps=WARPS)
@@ -115,6 +133,7 @@ def _lower(  # type: ignore[no-untyped-def]
     is_row = rows < tokens
     ranks = tl.arange(0, RANK)
     blocks = tl.cdiv(columns, 8 * GROUP)
+    bound = threshold.to(tl.uint32) << 16
     total = tl.zeros((ROWS, RANK), tl.float32)
     for block in range(blocks):
         column = block * 8 * GROUP + tl.arange(0, 8 * GROUP)
@@ -124,11 +143,7 @@ def _lower(  # type: ignore[no-untyped-def]
         numbers = tl.zeros((ROWS, GROUP), tl.uint32)
         counter = rows.to(tl.uint32)[:, None] + numbers
         a, b, c, d = tl.philox(seed, counter, byte.to(tl.uint32)[None, :] + numbers, numbers + place.to(tl.uint32), numbers, ROUNDS)
-        pairs = tl.join(
-            tl.join(_kept_bits(a, threshold, 0), _kept_bits(b, threshold, 2)),
-            tl.join(_kept_bits(c, threshold, 4), _kept_bits(d, threshold, 6)),
-        )
-        bits = tl.sum(tl.reshape(pairs, (ROWS, GROUP, 4)), axis=2)  # a sum, since Triton would draw the numbers again for each use of `|`
+        bits = _kept_bits(a, bound, 0) | _kept_bits(b, bound, 2) | _kept_bits(c, bound, 4) | _kept_bits(d, bound, 6)
         tl.store(kept + rows[:, None] * blocks * GROUP + byte[None, :], bits.to(tl.uint8), mask=is_row[:, None])
         values = tl.where(_unpack(bits, ROWS, GROUP), values, 0.0)
         total = tl.dot(values, weights, total, input_precision="ieee")
@@ -169,7 +184,30 @@ def _add_parts(target, sums, size, parts, BLOCK: tl.constexpr):  # type: ignore[
     tl.store(target + places, total, mask=inside)
 
 
-@Kernel.of("tokens", warps=GRADIENT_WARPS)
+@Kernel.of("tokens", "share", warps=WIDE_WARPS)
+def _find_gradients(  # type: ignore[no-untyped-def]
+    gradient, low, factor, of_low, sums, tokens, columns, rank, share, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    block, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    ranks = tl.arange(0, RANK)
+    is_column, is_rank = column < columns, ranks < rank
+    weights = tl.load(factor + column[:, None] * rank + ranks[None, :], mask=is_column[:, None] & is_rank[None, :], other=0.0)
+    total = tl.zeros((RANK, COLUMNS), tl.float32)
+    for start in range(0, share, ROWS):
+        rows = part * share + start + tl.arange(0, ROWS)
+        is_row = rows < tokens
+        values = tl.load(gradient + rows[:, None] * columns + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0)
+        lower = tl.load(low + rows[None, :] * rank + ranks[:, None], mask=is_row[None, :] & is_rank[:, None], other=0.0)
+        found = tl.dot(values, weights, input_precision="ieee") * scale
+        tl.store(of_low + (block * tokens + rows[:, None]) * rank + ranks[None, :], found, mask=is_row[:, None] & is_rank[None, :])
+        total = tl.dot(lower, values, total, input_precision="ieee")
+    target = sums + (part * columns + column[None, :]) * rank + ranks[:, None]
+    tl.store(target, total * scale, mask=is_rank[:, None] & is_column[None, :])
+
+
+@Kernel.of("tokens", warps=PRODUCT_WARPS)
 def _add_product(  # type: ignore[no-untyped-def]
     target, left, right, kept, tokens, columns, rank, row_stride, column_stride, scale,
     ONTO: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
