@@ -22,24 +22,6 @@ PROGRESS = Progress(stage="training", last_heartbeat_time=NOW, resolved={"traini
 """Steps 1 to 3; what comes after them is in the report only."""
 
 
-class Signals:
-    """The SIGTERMs that have come."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.came = threading.Semaphore(0)
-        signal.signal(signal.SIGTERM, self.handle)
-
-    def handle(self, number: int, frame: object) -> None:
-        self.count += 1
-        self.came.release()
-
-    def wait(self) -> None:
-        # In turns: a handler runs only when the main thread does, and an endless acquire keeps it from that.
-        while not self.came.acquire(timeout=0.1):
-            pass
-
-
 class Answers(BaseHTTPRequestHandler):
     asked = threading.Event()
 
@@ -55,7 +37,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 def main() -> int:
-    signals = Signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     config = RunConfig.load(Path(sys.argv[1]))
     node = int(os.environ["NODE_RANK"])
     folder = Path(config.run.output_dir)
@@ -63,7 +45,12 @@ def main() -> int:
     print(f"node {node} starts", flush=True)
     if node == 0:
         serve(folder)
-    return BEHAVIOURS[os.environ.get("BEHAVIOUR", "finish")](config, folder, node, signals)
+    return BEHAVIOURS[os.environ.get("BEHAVIOUR", "finish")](config, folder, node)
+
+
+def wait_for_sigterm() -> None:
+    """Awaited, not handled: a handler that sets an event or releases a semaphore can come while the main thread holds its lock, and waits for ever."""
+    signal.sigwait({signal.SIGTERM})
 
 
 def serve(folder: Path) -> None:
@@ -86,7 +73,7 @@ def report(config: RunConfig, **fields: object) -> RunReport:
     return RunReport(**{**known, **fields})
 
 
-def finish(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+def finish(config: RunConfig, folder: Path, node: int) -> int:
     if node == 0:
         assert Answers.asked.wait(timeout=60), "nobody asked for /progress"
         verification = Verification(level="Adapter", passed=True, max_logit_difference=1.5e-6)
@@ -94,14 +81,14 @@ def finish(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
     return 0
 
 
-def fail(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+def fail(config: RunConfig, folder: Path, node: int) -> int:
     """Node 1 fails as the trainer would; the others wait to be ended."""
     if node == 1:
         await_nodes(folder)
         failure = FailureReport(reason=Reason.MODEL, message=os.environ.get("MESSAGE", "model.safetensors is truncated"), rank=1, exit_code=12)
         (folder / "report.json").write_text(report(config, succeeded=False, failure=failure).model_dump_json())
         return 12
-    signals.wait()
+    wait_for_sigterm()
     (folder / f"ended-{node}").touch()
     return 143
 
@@ -113,25 +100,25 @@ def await_nodes(folder: Path) -> None:
         threading.Event().wait(0.05)
 
 
-def crash(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+def crash(config: RunConfig, folder: Path, node: int) -> int:
     raise RuntimeError("the launcher itself is broken")
 
 
-def stop(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+def stop(config: RunConfig, folder: Path, node: int) -> int:
     """Checkpoints when it is asked to stop; an attempt above the first finishes."""
     if config.run.attempt > 1:
-        return finish(config, folder, node, signals)
-    signals.wait()
+        return finish(config, folder, node)
+    wait_for_sigterm()
     (folder / "checkpoints" / "step-3").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints" / "step-3" / "manifest.json").write_text("{}")
     return 143
 
 
-def stubborn(config: RunConfig, folder: Path, node: int, signals: Signals) -> int:
+def stubborn(config: RunConfig, folder: Path, node: int) -> int:
     """Needs to be asked twice."""
-    signals.wait()
+    wait_for_sigterm()
     (folder / f"asked-{node}").touch()
-    signals.wait()
+    wait_for_sigterm()
     return 143
 
 
