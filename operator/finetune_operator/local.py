@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from finetune_operator.plan import LAUNCHER, Identity, NodePlan, Place, Plan, cl
 from finetune_operator.runs import Run
 from finetune_operator.settings import Settings
 from finetune_trainer.contract import ConfigurationError, Progress, Reason, RunReport, exit_of
+from finetune_trainer.ports import find_free_port
 from finetune_trainer.resolve import read_facts, resolve
 
 LOCAL_LAUNCHER = (sys.executable, "-P", "-m", "finetune_trainer.cli", "launch")
@@ -57,7 +57,8 @@ def run_job(file: JobFile, work: Path, resume: str | None, launcher: tuple[str, 
         plan = _unclaimed_plan(file, work)
         check_sources(plan.config)
         _choose_devices(plan)
-    with file.locating(), runs.claim(file.job, Settings(), local_place(file, work, _free_port()), policy) as run:
+    port = find_free_port(2)  # the next one is for the launchers' watch of one another
+    with file.locating(), runs.claim(file.job, Settings(), local_place(file, work, port), policy) as run:
         runs.write_run_file(run)
         return asyncio.run(_execute(file, work, run, launcher))
 
@@ -115,17 +116,6 @@ def _node_environment(inherited: Mapping[str, str], node: NodePlan, gpus: list[s
 def _expand(value: str, known: Mapping[str, str]) -> str:
     """Kubernetes' `$(NAME)`: names given before are replaced, unknown ones stay, `$$` is a dollar sign."""
     return re.sub(r"\$\$|\$\(([^()]+)\)", lambda match: "$" if match[0] == "$$" else known.get(match[1], match[0]), value)
-
-
-def _free_port() -> int:
-    """A free port after which another is free, for the launchers' watch of one another."""
-    while True:
-        with socket.socket() as listener, socket.socket() as next_listener:
-            listener.bind(("127.0.0.1", 0))
-            port = int(listener.getsockname()[1])
-            with suppress(OSError, OverflowError):  # the next one is taken, or there is none
-                next_listener.bind(("127.0.0.1", port + 1))
-                return port
 
 
 # Running and watching

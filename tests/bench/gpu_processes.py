@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from typing import Any
 
 from gpu_results import Figures, Run, read_figures, read_marks, select
 from gpu_works import Job, Layout, Side
+
+from finetune_trainer.ports import find_free_port
 
 HERE = Path(__file__).resolve().parent
 LAST_WORDS = 6000
@@ -78,10 +79,7 @@ def run_side(stand: Stand, job: Job, side: Side, layout: Layout) -> Run:
 
 def peer_launcher(num_processes: int) -> list[str]:
     """torchrun, as ms-swift's own command starts its processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", str(port), str(HERE / "peer_swift" / "sft.py")]
+    return ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", str(find_free_port()), str(HERE / "peer_swift" / "sft.py")]
 
 
 def follow(command: list[str], environment: Mapping[str, str], log: Path, marks: Path, job: Job) -> int | None:

@@ -16,7 +16,6 @@ import os
 import pickle
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
+
+from finetune_trainer.ports import find_free_port
 
 PRELOAD = ("torch", "finetune_trainer.parallel", "finetune_trainer.model")
 START_DEADLINE_SECONDS = 300.0
@@ -82,7 +83,7 @@ class Gang:
         """
         if not self._processes:
             self._start()
-        port = str(_free_port())
+        port = str(find_free_port())
         for rank, connection in enumerate(self._connections):
             environment = {
                 "RANK": rank,
@@ -157,13 +158,6 @@ def _receive(connection: Connection, rank: int) -> Answer:
         return Answer(error=RankFailedError(f"rank {rank} died without an answer"), died=True)
     assert isinstance(answer, Answer)
     return answer
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _load(task: Task) -> ModuleType:

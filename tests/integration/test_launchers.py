@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import random
 import signal
 import socket
 import subprocess
@@ -17,12 +16,12 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from finetune_trainer.contract import Reason, RunConfig, RunReport
+from finetune_trainer.ports import find_free_port
 
 MASTER = "127.0.0.2"
 DEADLINE_SECONDS = 300
@@ -116,17 +115,6 @@ Start = Callable[..., Started]
 Took = Callable[..., None]
 
 
-def free_ports() -> int:
-    """A port that is free on every address, as is the next one; of those that the kernel gives to no connection, so that none takes it before torch listens there."""
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.randrange(max(1024, lowest // 2), max(1025, lowest - 1))
-        with suppress(OSError), socket.socket() as first, socket.socket() as second:
-            first.bind(("", port))
-            second.bind(("", port + 1))
-            return port
-
-
 def write_config(folder: Path, node: int, sections: Mapping[str, Mapping[str, object]]) -> Path:
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").touch()
@@ -146,7 +134,7 @@ def write_config(folder: Path, node: int, sections: Mapping[str, Mapping[str, ob
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts the launcher of one of two nodes; what a failed test leaves is ended."""
     started: list[Started] = []
-    port = free_ports()
+    port = find_free_port(2)
 
     def start(node: int, body: str = WAIT, processes: int = 1, environment: Mapping[str, str] | None = None, **sections: Mapping[str, object]) -> Started:
         program = tmp_path / f"rank-{node}.py"
@@ -416,7 +404,7 @@ def test_a_run_that_succeeds_ends_without_a_word_and_without_waiting(start: Star
 
 
 def test_a_run_whose_port_is_taken_goes_on_without_the_watch(start: Start, tmp_path: Path) -> None:
-    port = free_ports()
+    port = find_free_port(2)
     with socket.create_server((MASTER, port + 1)) as taken:
         environment = {"MASTER_PORT": str(port)}
         body = 'say("ready")\nwait_for("done")'

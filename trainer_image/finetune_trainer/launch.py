@@ -11,7 +11,6 @@ import ctypes
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from finetune_trainer import report
 from finetune_trainer.contract import ConfigurationError, EngineError, Reason, RunConfig, RunReport, exit_for
 from finetune_trainer.failures import End, Failure, choose_failure, make_failure, read_failures
 from finetune_trainer.model_folder import check_model_folder, find_local_folder
+from finetune_trainer.ports import find_free_port
 from finetune_trainer.watch import News, Seat, Watch, open_watch
 
 RANK_PROGRAM = (sys.executable, "-P", "-m", "finetune_trainer")
@@ -196,7 +196,7 @@ def read_node(environment: Mapping[str, str]) -> Node:
     address = _find(environment, "MASTER_ADDR")
     if address is None and num_nodes > 1:
         raise ConfigurationError(f"MASTER_ADDR is not set; with NNODES {num_nodes} it must name the host of node 0")
-    port = _read_number(environment, "MASTER_PORT", _free_port() if num_nodes == 1 else 29500, least=1)
+    port = _read_number(environment, "MASTER_PORT", find_free_port() if num_nodes == 1 else 29500, least=1)
     return Node(_read_num_processes(environment), num_nodes, rank, address or "127.0.0.1", port)
 
 
@@ -247,13 +247,6 @@ def count_visible(wanted: str, present: int) -> int:
     names = [name.strip() for name in wanted.split(",")]
     wrong = (index for index, name in enumerate(names) if not name.startswith(("GPU-", "MIG-")) and not (name.isdecimal() and int(name) < present))
     return next(wrong, len(names))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def rank_environments(node: Node, environment: Mapping[str, str], folder: Path) -> list[dict[str, str]]:
