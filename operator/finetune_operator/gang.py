@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from finetune_trainer.contract import Reason, exit_for
@@ -100,10 +102,12 @@ class Gang:
 
     def _end_the_others(self, code: int) -> None:
         """One node's launcher has failed: nothing that the others compute counts. Where it was preempted, they are saving too."""
-        self._send(signal.SIGTERM)
         if code == exit_for(Reason.PREEMPTED).code:
+            if not self._stops:  # else they were asked, and a second time would mean at once
+                self._send(signal.SIGTERM)
             self._later(self._grace_seconds + SAVE_MARGIN_SECONDS, self._kill)
             return
+        self._send(signal.SIGTERM)
         self._later(END_SECONDS, self._send, signal.SIGTERM)
         self._later(2 * END_SECONDS, self._kill)
 
@@ -129,7 +133,7 @@ def _start(launcher: Launcher) -> _Node:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(_die_with_parent, os.getpid()),
         )
     loop = asyncio.get_running_loop()
     code: asyncio.Future[int] = loop.create_future()
@@ -146,10 +150,12 @@ def _start(launcher: Launcher) -> _Node:
 _LIBC = ctypes.CDLL(None)
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """In the new process: SIGTERM when its parent ends, however that happens. Linux only; elsewhere the call does not exist."""
     if hasattr(_LIBC, "prctl"):
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
 
 
 def _exit_code(returncode: int) -> int:

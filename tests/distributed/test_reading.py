@@ -157,8 +157,8 @@ def hear_all(launcher: Started, word: str, processes: int) -> list[list[object]]
 def hear_started(launcher: Started, processes: int) -> tuple[list[int], psutil.Process]:
     """The ranks' process ids, and the process that reads for them; then lets them go on."""
     said = hear_all(launcher, "started", processes)
-    (launcher.folder / "go").touch()
     readers = [psutil.Process(pid) for _, _, own, _ in said if isinstance(own, list) for pid in own]
+    (launcher.folder / "go").touch()  # now: one that ends is reaped
     assert [bool(own) for _, _, own, _ in said] == [True] + [False] * (processes - 1), "the first rank of a node alone has a process that reads"
     assert [threads for *_, threads in said] == [1] * processes, "nothing has started a thread before the fork"
     return [pid for _, pid, _, _ in said if isinstance(pid, int)], readers[0]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,17 @@ def test_helm_installs_a_chart(cluster: Cluster, tmp_path: Path) -> None:
 
 def traces(state: Path) -> list[str]:
     """Command lines and mounts that name this state."""
-    commands = [file.read_bytes().replace(b"\0", b" ").decode(errors="replace") for file in processes()]
+    commands = [words.replace(b"\0", b" ").decode(errors="replace") for words in command_lines()]
     mounts = Path("/proc/mounts").read_text().splitlines()
     return [line for line in (*commands, *mounts) if str(state) in line]
 
 
-def processes() -> Iterator[Path]:
+def command_lines() -> Iterator[bytes]:
+    """Of the processes that run; any may end at this moment."""
     for folder in Path("/proc").glob("[0-9]*"):
-        if start_time(int(folder.name)):
-            yield folder / "cmdline"
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if start_time(int(folder.name)):
+                yield (folder / "cmdline").read_bytes()
 
 
 def names_on_host() -> set[str]:

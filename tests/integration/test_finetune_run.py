@@ -19,6 +19,8 @@ from factories import make_rows, make_tiny_model
 
 DEADLINE_SECONDS = 300
 
+STEPS = 200
+"""So many that a run of them is still training when a signal comes, however late."""
 JOB = """
 apiVersion: finetune.mcore.dev/v1alpha1
 kind: FineTuneJob
@@ -98,7 +100,7 @@ def test_two_nodes_on_this_machine_give_a_verified_adapter(folder: Path) -> None
 
 
 def test_ctrl_c_checkpoints_and_resume_auto_continues_the_same_curve(folder: Path) -> None:
-    (folder / "job.yaml").write_text(JOB % {"steps": 60, "nodes": 1})
+    (folder / "job.yaml").write_text(JOB % {"steps": STEPS, "nodes": 1})
     code, errors = stop_after(folder, "step ", [signal.SIGINT])
     assert code == 143
     assert f"continue with: finetune run -f {folder / 'job.yaml'} --work {folder / 'results'} --resume auto" in errors
@@ -106,16 +108,16 @@ def test_ctrl_c_checkpoints_and_resume_auto_continues_the_same_curve(folder: Pat
     stopped = read_report(results)
     assert not stopped["succeeded"]
     done = len(stopped["curve"])
-    assert 0 < done < 60
+    assert 0 < done < STEPS
 
     code, lines, errors = run(folder, "--resume", "auto")
     assert (code, errors) == (0, ""), "\n".join([*lines, errors])
     assert lines[2] == f"continuing run {results.name} (attempt 2; --resume never starts anew)"
     assert result_folders(folder) == [results]
     report = read_report(results)
-    assert [line.split()[1] for line in lines if line.startswith("step ")] == [f"{step}/60" for step in range(done + 1, 61)]
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == [f"{step}/{STEPS}" for step in range(done + 1, STEPS + 1)]
     assert report["resumedFromStep"] == done
-    assert [point["step"] for point in report["curve"]] == list(range(1, 61))
+    assert [point["step"] for point in report["curve"]] == list(range(1, STEPS + 1))
     assert report["verification"]["passed"]
 
     code, _, _ = run(folder, "--resume", "never")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +53,12 @@ def test_a_user_may_do_what_roles_say_and_no_more(api: ApiServer) -> None:
     namespace = api.create_namespace("users")
     user = api.user_kubeconfig(f"system:serviceaccount:{namespace}:reader", [f"system:serviceaccounts:{namespace}"])
     api.kubectl("-n", namespace, "create", "rolebinding", "reader", "--clusterrole=view", f"--serviceaccount={namespace}:reader")
-    assert "kube-root-ca.crt" in api.kubectl("-n", namespace, "get", "configmaps", kubeconfig=user).stdout
+    look = ("-n", namespace, "get", "configmaps")
+    until(
+        lambda: "kube-root-ca.crt" in api.kubectl(*look, kubeconfig=user, check=False).stdout,
+        60,
+        "the controllers have made what the user may read, and the API server knows the user's rights",
+    )
     with pytest.raises(KubeError, match="cannot create resource"):
         api.kubectl("-n", namespace, "create", "configmap", "x", kubeconfig=user)
 
@@ -90,6 +96,11 @@ def test_daemons_end_with_the_process_that_started_them(api: ApiServer) -> None:
     if pid == 0:
         try:
             processes.start("sleep", ["sleep", "1000"])
+            until(
+                lambda: Path(f"/proc/{processes.pid('sleep')}/cmdline").read_bytes().startswith(b"sleep"),
+                30,
+                "the guard has asked to be killed, and become the daemon",
+            )
         finally:
             os._exit(0)
     os.waitpid(pid, 0)

@@ -19,7 +19,7 @@ from finetune_operator import names
 from kube_api import ApiServer, start_api_server
 from kube_processes import until
 from operator_jobs import Team, progress
-from operator_process import START_SECONDS, SYSTEM_NAMESPACE, Operator, Trainers, install
+from operator_process import SHORT_LEASE, START_SECONDS, SYSTEM_NAMESPACE, Operator, Trainers, install
 
 AUDIT = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"], "rules": [{"level": "Metadata"}]}
 OPERATOR = f"system:serviceaccount:{SYSTEM_NAMESPACE}:finetune-operator"
@@ -97,7 +97,9 @@ def test_a_job_costs_exactly_four_writes_until_its_pods_run(team: Team, replica:
     team.until_attempt(1)
     team.create("one-node", nodes={"count": 1})
     team.until_attempt(1, "one-node")
-    assert written(audit, since=since) == {"create services": 2, "create pods": 3, "patch finetunejobs/status": 2}
+    expected = {"create services": 2, "create pods": 3, "patch finetunejobs/status": 2}
+    team.until(lambda: written(audit, since=since).total() >= sum(expected.values()), "the record has the last write too")
+    assert written(audit, since=since) == expected
 
 
 def test_gang_that_restarts_costs_its_pods_two_status_writes_and_an_event(team: Team, replica: Start, audit: Path) -> None:
@@ -110,9 +112,10 @@ def test_gang_that_restarts_costs_its_pods_two_status_writes_and_an_event(team: 
     since = requests_so_far(audit)
     team.end(pods[0], 1)
     team.until_attempt(2)
-    team.until(lambda: written(audit, since=since)["create events"], "the Event")
     # The Service stands, and is asked for once more by the attempt to make it.
-    assert written(audit, since=since) == {"patch finetunejobs/status": 2, "delete pods": 2, "create services": 1, "create pods": 2, "create events": 1}
+    expected = {"patch finetunejobs/status": 2, "delete pods": 2, "create services": 1, "create pods": 2, "create events": 1}
+    team.until(lambda: written(audit, since=since).total() >= sum(expected.values()), "the record has the last write too")
+    assert written(audit, since=since) == expected
 
 
 def test_progress_is_written_once_in_a_while_and_at_the_end(team: Team, replica: Start) -> None:
@@ -132,10 +135,10 @@ def test_progress_is_written_once_in_a_while_and_at_the_end(team: Team, replica:
 
 
 def test_standby_waits_ready_without_a_write_and_takes_over_when_the_leader_is_killed(team: Team, replica: Start) -> None:
-    leader = replica("operator-a").until_leading()
+    leader = replica("operator-a", **SHORT_LEASE).until_leading()
     team.create("before")
     team.run(team.until_attempt(1, "before"), progress())
-    standby = replica("operator-b")
+    standby = replica("operator-b", **SHORT_LEASE)
     until_up(team, standby)
     assert [(each.probe("/healthz")[0], each.probe("/readyz")[0]) for each in (leader, standby)] == [(200, 200), (200, 200)]
     assert (leader.metric("finetune_operator_leader"), standby.metric("finetune_operator_leader")) == (1, 0)
@@ -173,7 +176,7 @@ def test_replica_that_waits_ends_when_it_is_asked_to(team: Team, replica: Start)
 
 
 def test_leader_whose_lease_another_has_taken_ends(team: Team, replica: Start) -> None:
-    leader = replica().until_leading()
+    leader = replica(**SHORT_LEASE).until_leading()
     team.api.patch(LEASE, {"spec": {"holderIdentity": "somebody-else", "leaseDurationSeconds": 3600}})
     team.until(lambda: not leader.runs, "it has ended", START_SECONDS)
     assert "could not renew the Lease" in leader.log.read_text()
@@ -181,7 +184,7 @@ def test_leader_whose_lease_another_has_taken_ends(team: Team, replica: Start) -
 
 
 def test_api_server_that_is_restarted_is_asked_again(team: Team, replica: Start) -> None:
-    operator = replica(leaseDurationSeconds=300, renewDeadlineSeconds=120).until_leading()
+    operator = replica().until_leading()
     team.create("running")
     pods = team.until_attempt(1, "running")
     team.run(pods, progress())
@@ -202,7 +205,7 @@ def test_api_server_that_is_restarted_is_asked_again(team: Team, replica: Start)
 
 def test_pods_and_jobs_that_went_while_nobody_watched_are_missed(team: Team, replica: Start) -> None:
     """Two ways of not being told: the operator is away, and its watch begins anew after the API server has restarted."""
-    operator = replica(leaseDurationSeconds=300, renewDeadlineSeconds=120, resyncSeconds=2).until_leading()
+    operator = replica(resyncSeconds=2).until_leading()
     for name in ("robbed", "removed"):
         team.create(name)
         team.run(team.until_attempt(1, name), progress())
@@ -212,7 +215,7 @@ def test_pods_and_jobs_that_went_while_nobody_watched_are_missed(team: Team, rep
     team.remove("removed")
     team.api.restart_apiserver()
     team.api.delete(LEASE)
-    again = replica(leaseDurationSeconds=300, renewDeadlineSeconds=120, resyncSeconds=2).until_leading()
+    again = replica(resyncSeconds=2).until_leading()
     team.until_attempt(2, "robbed", START_SECONDS)
     assert team.status("robbed")["restarts"]["reasons"] == [{"reason": "PodDeleted", "count": 1}]
     team.until(lambda: again.samples("finetune_jobs") == {(("namespace", team.namespace), ("phase", "Pending")): 1}, "one job is known")

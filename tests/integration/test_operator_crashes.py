@@ -13,7 +13,7 @@ import pytest
 from finetune_operator import names
 from kube_processes import until
 from operator_jobs import Team
-from operator_process import START_SECONDS, SYSTEM_NAMESPACE, Operator, Trainers
+from operator_process import SHORT_LEASE, START_SECONDS, SYSTEM_NAMESPACE, Operator, Trainers
 from operator_traffic import PodHistory, Traffic, condition
 
 KILLS = 50
@@ -25,7 +25,7 @@ LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{SYSTEM_NAMESPACE}/leases/fine
 @pytest.fixture
 def replicas(operator_kubeconfig: Path, trainers: Trainers, tmp_path: Path) -> Iterator[dict[str, Operator]]:
     """Two replicas: one acts, the other has its program loaded and waits."""
-    made = {name: Operator(tmp_path, operator_kubeconfig, name, progressPort=trainers.port) for name in ("operator-a", "operator-b")}
+    made = {name: Operator(tmp_path, operator_kubeconfig, name, progressPort=trainers.port, **SHORT_LEASE) for name in ("operator-a", "operator-b")}
     yield made
     for replica in made.values():
         if replica.runs:

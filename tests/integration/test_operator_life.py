@@ -153,7 +153,6 @@ def test_one_event_is_told_for_each_transition(team: Team) -> None:
     team.run(first, TRAINING)
     team.until_condition("Initialized")
     team.end(first[1], 20, told_failure(Reason.DISTRIBUTED, "connection reset by peer"), seconds_ago=5)
-    team.end(first[0], 20)
     second = team.until_attempt(2)
     team.run(second, TRAINING)
     team.until_condition("Running")

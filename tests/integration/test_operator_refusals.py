@@ -96,7 +96,7 @@ def test_quota_holds_a_job_until_there_is_room(team: Team) -> None:
     """Not the job's fault, so it is tried again."""
     quota = {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
     team.api.post(team.path("resourcequotas"), quota)
-    team.until(lambda: (team.find("resourcequotas", "none") or {}).get("status", {}).get("hard"), "the quota is in force")
+    team.until(lambda: is_refused(team, 403), "the quota is in force")
     team.create()
     team.until(lambda: team.condition("Reconciling").get("reason") == "CreationRefused", "it is refused")
     assert "exceeded quota: none" in team.condition("Ready")["message"]
@@ -237,7 +237,7 @@ def policy(team: Team) -> Iterator[str]:
     for plural, kind, spec in (("policies", "Policy", POLICY), ("policybindings", "PolicyBinding", binding)):
         body = {"kind": f"ValidatingAdmission{kind}", "apiVersion": "admissionregistration.k8s.io/v1", "metadata": {"name": name}, "spec": spec}
         team.api.post(f"{group}/validatingadmission{plural}", body)
-    team.until(lambda: is_refused(team), "the policy is in force")
+    team.until(lambda: is_refused(team, 422), "the policy is in force")
     path = f"{group}/validatingadmissionpolicybindings/{name}"
     yield path
     if team.api.find(path) is not None:
@@ -245,12 +245,12 @@ def policy(team: Team) -> Iterator[str]:
     team.api.delete(f"{group}/validatingadmissionpolicies/{name}")
 
 
-def is_refused(team: Team) -> bool:
-    """Whether a pod that is only tried is refused, with the code of an invalid one."""
+def is_refused(team: Team, status: int) -> bool:
+    """Whether a pod that is only tried is refused, with this code."""
     try:
         team.api.post(team.path("pods"), {"metadata": {"name": "tried"}, "spec": {"containers": [{"name": "mine", "image": "i"}]}}, dryRun="All")
     except ApiError as error:
-        if error.status != 422:
+        if error.status != status:
             raise
         return True
     return False

@@ -97,7 +97,7 @@ def test_preempted_trainer_restarts_uncounted_and_ever_slower(team: Team) -> Non
     pods = run_first_gang(team, runPolicy={"backoffLimit": 0})
     for attempt in (2, 3, 4):
         for pod in pods:
-            team.end(pod, 143, told_failure(Reason.PREEMPTED, "stopped by SIGTERM"))
+            team.end(pod, 143, told_failure(Reason.PREEMPTED, "stopped by SIGTERM"), seconds_ago=-10)  # as below
         pods = team.until_attempt(attempt)
     assert restarts(team) == (3, 0, {"Preempted": 3})
 
@@ -105,7 +105,9 @@ def test_preempted_trainer_restarts_uncounted_and_ever_slower(team: Team) -> Non
 def test_cause_counts_and_not_what_it_brought_about(team: Team) -> None:
     """Node 0 tells of a lost connection; a moment later node 1, which broke it, ends with what a restart does not mend."""
     pods = run_first_gang(team, runPolicy={"backoffLimit": 0})
-    team.end(pods[0], 20, told_failure(Reason.DISTRIBUTED, "connection reset by peer", rank=0))
+    team.end(
+        pods[0], 20, told_failure(Reason.DISTRIBUTED, "connection reset by peer", rank=0), seconds_ago=-10
+    )  # a clock ahead: the operator waits its longest
     team.end(pods[1], 15, told_failure(Reason.OUT_OF_MEMORY, "rank 1 ran out of GPU memory", rank=1))
     condition = team.until_condition("Failed")
     assert (condition["reason"], condition["message"]) == ("OutOfMemory", "rank 1 ran out of GPU memory")

@@ -103,7 +103,8 @@ def test_where_pods_run_may_be_changed_while_suspended_and_reaches_the_next_gang
 
 
 def test_job_whose_deadline_has_passed_fails_and_its_pods_end(team: Team) -> None:
-    run_first_gang(team, runPolicy={"activeDeadlineSeconds": 3})
+    team.create(runPolicy={"activeDeadlineSeconds": 3})
+    team.until_attempt(1)
     condition = team.until_condition("Failed")
     assert (condition["reason"], condition["message"]) == ("DeadlineExceeded", "the job was active for 3 s (runPolicy.activeDeadlineSeconds)")
     team.until(lambda: team.names() == [], "the pods end")

@@ -72,7 +72,7 @@ class Node:
     def _answers(self, place: str) -> bool:
         try:
             return requests.get(f"http://{self._place.node_address}{place}", timeout=5, proxies={"http": ""}).ok
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             return False
 
     def _can_overlay(self) -> bool:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 STOP_SECONDS = 3.0  # kube-apiserver takes up to a minute to end on SIGTERM
+KILL_SECONDS = 60.0
+"""Within which the kernel has ended a killed process, with all its memory, also on a busy machine."""
 POLL_SECONDS = 0.05
 LOG_TAIL_LINES = 30
 
@@ -58,7 +60,7 @@ def end(pids: Iterable[int], grace_seconds: float = STOP_SECONDS) -> None:
             handles.append(os.pidfd_open(pid))
     try:
         left = _signal_and_wait(handles, signal.SIGTERM, grace_seconds) if grace_seconds else handles
-        _signal_and_wait(left, signal.SIGKILL, STOP_SECONDS)
+        _signal_and_wait(left, signal.SIGKILL, KILL_SECONDS)
     finally:
         for handle in handles:
             os.close(handle)
@@ -121,7 +123,7 @@ class Processes:
         end([pid for name in chosen if (pid := self.pid(name))], grace_seconds)
         for name in chosen:
             if child := self._children.pop(name, None):
-                child.wait(STOP_SECONDS)
+                child.wait(KILL_SECONDS)
             (self.pid_files / name).unlink(missing_ok=True)
 
     def until(self, name: str, condition: Callable[[], object], seconds: float, what: str) -> None:

@@ -31,8 +31,8 @@ SYSTEM_NAMESPACE = "finetune-system"
 IMAGE = "registry.example/trainer:1"
 START_SECONDS = 120.0  # of a busy machine; 2 s on a quiet one
 SHORT_TIMES = {
-    "leaseDurationSeconds": 4,
-    "renewDeadlineSeconds": 3,
+    "leaseDurationSeconds": 300,
+    "renewDeadlineSeconds": 120,
     "retryPeriodSeconds": 1,
     "progressPollSeconds": 0.2,
     "progressWriteSeconds": 1,
@@ -43,7 +43,9 @@ SHORT_TIMES = {
     "refusalRetrySeconds": 0.5,
     "leftoverRetrySeconds": 0.5,
 }
-"""A Lease as short as a busy machine can renew in time, and a life in seconds that is minutes otherwise."""
+"""A life in seconds that is minutes otherwise; but a Lease that outlasts every pause of a busy machine."""
+SHORT_LEASE = {"leaseDurationSeconds": 4, "renewDeadlineSeconds": 3}
+"""For what is about the end of a Lease; an operator that a busy machine keeps from renewing it in time ends."""
 
 
 def install(api: ApiServer) -> Path:
@@ -97,7 +99,7 @@ class Operator:
     def is_up(self) -> bool:
         try:
             return self.probe("/healthz")[0] == HTTPStatus.OK
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             return False
 
     def leads(self) -> bool:

@@ -97,6 +97,9 @@ class Course:
     grace_seconds: float
     ranks: list[Rank] = field(default_factory=list)
     stop_requested: bool = False
+    """Whether the ranks were asked to save and end."""
+    signalled: bool = False
+    """Whether a signal has come to this launcher itself; in a cluster each node gets its own, some time after another has passed its own on."""
     deadline: float | None = None
     events: queue.SimpleQueue[Rank | News | int] = field(default_factory=queue.SimpleQueue)
     """A rank that has ended, what another node's launcher has told, or the number of a signal that has come."""
@@ -196,7 +199,7 @@ def read_node(environment: Mapping[str, str]) -> Node:
     address = _find(environment, "MASTER_ADDR")
     if address is None and num_nodes > 1:
         raise ConfigurationError(f"MASTER_ADDR is not set; with NNODES {num_nodes} it must name the host of node 0")
-    port = _read_number(environment, "MASTER_PORT", find_free_port() if num_nodes == 1 else 29500, least=1)
+    port = find_free_port() if num_nodes == 1 and _find(environment, "MASTER_PORT") is None else _read_number(environment, "MASTER_PORT", 29500, least=1)
     return Node(_read_num_processes(environment), num_nodes, rank, address or "127.0.0.1", port)
 
 
@@ -371,11 +374,15 @@ def _follow(course: Course, watch: Watch) -> None:
         if isinstance(event, Rank):
             running -= 1
             _note_end(course, event)
-        elif event is News.END or (event is not News.STOP and course.stop_requested):
-            return  # another node has failed, or this one is asked a second time: at once
-        elif not course.stop_requested:
-            if event is not News.STOP:
-                watch.request_stop()
+        elif event is News.END:
+            return
+        elif event is News.STOP:
+            _request_stop(course)
+        elif course.signalled:
+            return  # asked a second time: at once
+        else:
+            course.signalled = True
+            watch.request_stop()
             _request_stop(course)
 
 
@@ -394,6 +401,9 @@ def _note_end(course: Course, rank: Rank) -> None:
 
 
 def _request_stop(course: Course) -> None:
+    """Ask the ranks, once."""
+    if course.stop_requested:
+        return
     course.stop_requested = True
     _set_deadline(course, course.grace_seconds)
     for rank in course.ranks:

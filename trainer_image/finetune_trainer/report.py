@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import socket
@@ -252,8 +253,9 @@ def describe_run(config: RunConfig, identity: str) -> dict[str, Any]:
 def remove_address(config: RunConfig) -> None:
     """Remove progress.json, unless a newer attempt has written it. Raises OSError."""
     path = Path(config.run.output_dir) / PROGRESS_FILE
-    if path.is_file() and json.loads(path.read_bytes())["attempt"] <= config.run.attempt:
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # it was never there, or a newer attempt removes it at this moment
+        if json.loads(path.read_bytes())["attempt"] <= config.run.attempt:
+            path.unlink()
 
 
 def read_report(config: RunConfig) -> RunReport | None:
@@ -290,6 +292,7 @@ def find_versions() -> dict[str, str]:
 
 def draw_curve(curve: Sequence[CurvePoint], title: str, path: Path) -> None:
     """Write the loss (left axis) and the learning rate (right axis) over the steps as a PNG. Raises OSError."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of its first look at the fonts of a machine
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -167,7 +167,7 @@ def test_an_empty_line_is_no_event() -> None:
 
 
 def test_a_watch_that_is_silent_is_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "SILENCE_SECONDS", 2.0)
 
     async def silent(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.data.order import deal, make_generator, make_interleaving, make_sample, micro_batches, order
@@ -136,6 +136,7 @@ def test_rows_of_one_length_are_dealt_evenly() -> None:
     assert deal([], 3) == [[], [], []]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.data())
 def test_groups_differ_by_no_more_than_the_largest_size(groups: int, room: int, data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 4096), min_size=groups * room, max_size=groups * room))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 
 from finetune_trainer import launch
 from finetune_trainer.contract import ConfigurationError, FailureReport, Reason, RunConfig, RunReport
-from finetune_trainer.launch import Node
+from finetune_trainer.launch import Course, Node
+from finetune_trainer.watch import News, Watch
 
 PRELUDE = """
 import json, os, signal, sys, threading, time
@@ -84,6 +86,12 @@ def start_launcher(tmp_path: Path) -> Iterator[Start]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher waits for failures of ranks that a busy machine has yet to start; all end by themselves."""
+    monkeypatch.setattr(launch, "LINGER_SECONDS", 60.0)
 
 
 def wait_for_ranks(process: subprocess.Popen[str], count: int = 2) -> list[int]:
@@ -189,6 +197,7 @@ def test_the_error_of_the_rank_that_failed_is_the_gangs(tmp_path: Path, capfd: p
     assert (report.succeeded, report.failure.reason, report.failure.rank, report.failure.exit_code) == (False, Reason.DATA, 1, 11)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_broken_connection_loses_against_the_error_that_broke_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     if rank == 0:
@@ -210,6 +219,7 @@ def test_the_first_of_several_own_errors_wins(tmp_path: Path) -> None:
     assert launch_here(tmp_path, body) == 12
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     if rank == 0:
@@ -241,7 +251,8 @@ def test_the_others_are_dead_soon_after_one_has_failed(tmp_path: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path({str(tmp_path)!r}, f"pid-{{rank}}").write_text(str(os.getpid()))
     if rank == 1:
-        while not Path({str(tmp_path)!r}, "pid-0").exists():
+        other = Path({str(tmp_path)!r}, "pid-0")
+        while not (other.exists() and other.read_text()):
             threading.Event().wait(0.01)
         fail("Model", "no such model", 12)
     wait()
@@ -286,6 +297,45 @@ def test_a_signal_lets_the_ranks_save_and_ends_as_preempted(
     assert (tmp_path / "checkpoint-0").exists()
     assert (tmp_path / "checkpoint-1").exists()
     assert read_failure(tmp_path).reason is Reason.PREEMPTED
+
+
+SAVING = """
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+out = Path(os.environ["OUT"])
+(out / "ready").touch()
+signal.sigwait({signal.SIGTERM})
+while not (out / "go").exists():
+    threading.Event().wait(0.01)
+os._exit(143)
+"""
+
+
+@pytest.mark.parametrize(
+    ("events", "has_saved"),
+    [
+        ([News.STOP, signal.SIGTERM], True),
+        ([signal.SIGTERM, News.STOP], True),
+        ([News.STOP, News.STOP, signal.SIGTERM, News.STOP], True),
+        ([signal.SIGTERM, signal.SIGTERM], False),
+        ([News.STOP, signal.SIGTERM, signal.SIGINT], False),
+        ([News.STOP, News.END], False),
+    ],
+)
+def test_only_a_second_signal_of_its_own_or_a_failed_gang_keeps_a_node_from_saving(events: list[News | int], has_saved: bool, tmp_path: Path) -> None:
+    """A cluster asks the pods of a gang one after the other, so that another node's word often comes before a node's own signal."""
+    course = Course(grace_seconds=600)
+    environment = {**os.environ, "RANK": "0", "OUT": str(tmp_path), launch.FAILURE_FOLDER: str(tmp_path)}
+    course.ranks.append(launch._start(make_program(tmp_path, SAVING), environment))
+    while not (tmp_path / "ready").exists():
+        assert course.ranks[0].process.poll() is None
+        threading.Event().wait(0.01)
+    for event in events:
+        course.events.put(event)
+    if has_saved:
+        (tmp_path / "go").touch()
+    launch._follow(course, Watch())
+    launch._end(course.ranks)
+    assert course.ranks[0].process.returncode == (143 if has_saved else -signal.SIGKILL)
 
 
 DEAF = 'signal.signal(signal.SIGTERM, lambda *_: say("asked"))\nsay("ready")\nwhile True: threading.Event().wait()\n'
@@ -382,6 +432,7 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(start_launcher: Start) -
     assert all(wait_until_gone(pid) for pid in pids)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_consequence_written_by_rank_0_gives_way_to_the_cause_in_the_report(tmp_path: Path) -> None:
     body = """
     import datetime

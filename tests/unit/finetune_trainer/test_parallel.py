@@ -11,6 +11,7 @@ import torch
 
 from finetune_trainer.contract import ConfigurationError, DistributedError
 from finetune_trainer.parallel import Place, Ranks, current_device, read_place, wait_for_master
+from finetune_trainer.ports import find_free_port
 from finetune_trainer.shards import Share
 
 
@@ -45,15 +46,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert current_device(Place(1, 2, 1, 2, ("localhost", 1))) == torch.device("cuda", 1)
 
 
-def _closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_a_master_that_does_not_answer_is_named_at_the_deadline() -> None:
-    port = _closed_port()
+    port = find_free_port()
     with pytest.raises(DistributedError, match=rf"rank 3 waited \d+ s for the master at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}: .*refused"):
         wait_for_master(Place(3, 4, 3, 4, ("127.0.0.1", port)), time.monotonic() + 0.2)
 
@@ -64,7 +58,7 @@ def test_a_master_whose_name_does_not_resolve_is_named_at_the_deadline() -> None
 
 
 def test_a_master_that_comes_late_is_waited_for() -> None:
-    port = _closed_port()
+    port = find_free_port()
     waiting = threading.Thread(target=wait_for_master, args=(Place(1, 2, 1, 2, ("127.0.0.1", port)), time.monotonic() + 30), daemon=True)
     waiting.start()
     assert waiting.is_alive()

@@ -93,6 +93,7 @@ def test_another_path_names_the_two_that_there_are(report: Report) -> None:
 
 def test_the_heartbeat_is_the_end_of_the_last_work_and_not_of_the_answer(report: Report) -> None:
     first = Progress.model_validate_json(get(report, "/progress"))
+    report._start -= 1.0  # a second passes
     second = Progress.model_validate_json(get(report, "/progress"))
     assert second.last_heartbeat_time == first.last_heartbeat_time
     assert second.elapsed_seconds > first.elapsed_seconds

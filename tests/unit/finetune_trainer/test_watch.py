@@ -11,6 +11,7 @@ import pytest
 
 from finetune_trainer import watch
 from finetune_trainer.contract import FailureReport, Reason, exit_for
+from finetune_trainer.ports import find_free_port
 from finetune_trainer.watch import Council, FirstNode, Line, Message, News, OtherNode, Seat, Watch, describe_loss, listen, open_watch
 
 
@@ -136,16 +137,10 @@ def test_the_port_is_the_one_after_the_masters() -> None:
     assert Seat("g", 0, 2, "h", 65535).port == 65534
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 def test_a_master_of_this_machine_is_not_reached_from_others() -> None:
-    with listen(Seat("g", 0, 2, "127.0.0.1", free_port() - 1)) as server:
+    with listen(Seat("g", 0, 2, "127.0.0.1", find_free_port(2))) as server:
         assert server.getsockname()[0] == "127.0.0.1"
-    with listen(Seat("g", 0, 2, "job-0.job", free_port() - 1)) as server:
+    with listen(Seat("g", 0, 2, "job-0.job", find_free_port(2))) as server:
         assert server.getsockname()[0] in ("::", "0.0.0.0")
 
 
@@ -157,7 +152,7 @@ def test_a_node_alone_has_nobody_to_watch() -> None:
 
 @pytest.fixture
 def seats() -> tuple[Seat, Seat]:
-    port = free_port() - 1
+    port = find_free_port(2)
     return Seat("ns/job/uid/1/2/29500", 0, 2, "127.0.0.1", port), Seat("ns/job/uid/1/2/29500", 1, 2, "127.0.0.1", port)
 
 
