@@ -96,9 +96,9 @@ class Cluster:
         """One decision, carried out; whether another one at once would find nothing to do."""
         decision, made = await self._decide(job)
         written = await self._write(job, decision.status, _urgency(job, decision))
-        await self._delete(job, decision.delete)
-        for event in decision.events:
+        for event in decision.events:  # before what may fail: decided again, it is no news
             self._tell(job, event, decision.status)
+        await self._delete(job, decision.delete)
         self.poller.follow(job.key, decision.status.attempt, decision.poll, spoken=decision.status.progress is not None)
         job.rest()
         return decision, made or not (written or decision.delete)

@@ -48,7 +48,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do, in this order: make the gang, write the status, delete pods, tell events."""
+    """What to do, in this order: make the gang, write the status, tell events, delete pods."""
 
     status: Status
     """The whole status as it should be; equal to the observed one where nothing changed (then nothing is written)."""

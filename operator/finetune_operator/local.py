@@ -29,11 +29,14 @@ from finetune_operator.settings import Settings
 from finetune_trainer.contract import ConfigurationError, Progress, Reason, RunReport, exit_of
 from finetune_trainer.ports import find_free_port
 from finetune_trainer.resolve import read_facts, resolve
+from finetune_trainer.streams import write_line
 
 LOCAL_LAUNCHER = (sys.executable, "-P", "-m", "finetune_trainer.cli", "launch")
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 5.0
 LOG_TAIL_LINES = 12
+REPEAT_SECONDS = 1.0
+"""A signal that comes so soon after the first one is the same request: `timeout` and a terminal that closes signal a process, and its group too. Longer than the launchers' own."""
 
 
 def local_place(file: JobFile, work: Path, master_port: int = 0) -> Place:
@@ -186,18 +189,21 @@ async def _run_gang(run: Run, nodes: list[Launcher], display: Display) -> Ending
 @contextmanager
 def _stopping_on_signals(gang: Gang, display: Display) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    asked = 0
+    asked: float | None = None
 
-    def stop() -> None:
+    def stop(number: int) -> None:
         nonlocal asked
-        asked += 1
-        display.say("stopping after a checkpoint; once more stops at once" if asked == 1 else "stopping at once")
+        now = time.monotonic()
+        if asked is not None and (number == signal.SIGHUP or now - asked < REPEAT_SECONDS):
+            return
         gang.stop()
+        display.say("stopping after a checkpoint; once more stops at once" if asked is None else "stopping at once")
+        asked = asked or now
 
     # What a shell has told this process to ignore (nohup: SIGHUP) stays ignored.
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
     for number in numbers:
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     try:
         yield
     finally:
@@ -264,13 +270,14 @@ def _conclude(file: JobFile, work: Path, run: Run, ending: Ending, seconds: floa
     """Say how it ended: results on standard output, a failure in a sentence on standard error."""
     report = runs.read_report(run)
     if ending.code == 0:
-        print(success_text(run.folder, report, seconds), flush=True)
+        write_line(success_text(run.folder, report, seconds), sys.stdout)
         return 0
-    if exit_of(ending.code).reason is Reason.PREEMPTED or ending.asked:
+    failed = report is not None and report.failure is not None and report.failure.reason is not Reason.PREEMPTED
+    if exit_of(ending.code).reason is Reason.PREEMPTED or (ending.asked and not failed):
         again = f"continue with: {continue_command(file.path, work)}" if runs.has_checkpoint(run.folder) else "there is no checkpoint yet"
-        print(f"stopped after {_duration(seconds)}; {again}", file=sys.stderr)
+        write_line(f"stopped after {_duration(seconds)}; {again}", sys.stderr)
         return ending.code
-    print(failure_text(file, run, ending, report), file=sys.stderr)
+    write_line(failure_text(file, run, ending, report), sys.stderr)
     return ending.code
 
 

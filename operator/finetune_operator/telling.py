@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
+from kubernetes.aio import config
 
 from finetune_operator import metrics, names
 from finetune_operator.connection import METADATA_ONLY, Connection, Priority
@@ -42,9 +43,9 @@ class Teller:
             namespace, body = await self.waiting.get()
             try:
                 answer = await self.connection.send("POST", f"/api/v1/namespaces/{namespace}/events", body, order=(Priority.EVENTS, ""), accept=METADATA_ONLY)
-            except (aiohttp.ClientError, TimeoutError) as error:
+            except (aiohttp.ClientError, config.ConfigException, OSError, TimeoutError) as error:
                 metrics.EVENTS_DROPPED.inc()
-                logger.debug("an Event could not be posted: %s", error)
+                logger.info("an Event could not be posted: %s", str(error) or type(error).__name__)
                 continue
             if not answer.ok and answer.status != 409:
                 metrics.EVENTS_DROPPED.inc()

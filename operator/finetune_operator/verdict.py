@@ -153,22 +153,39 @@ def _wait_for_cause(verdict: Verdict, findings: list[Verdict], observed: Observe
 
 
 def _hang_or_wait(observed: Observed, settings: Settings) -> Verdict | Wait | None:
-    """All pods are well as far as they can be seen: is a node silent, or the trainer?"""
+    """All pods are well as far as they can be seen: is a node silent, or the trainer, or does one not follow node 0 that has ended?"""
     waits = [lost for lost in (observed.lost_in(pod) for pod in observed.gang if not pod.succeeded) if lost is not None]
-    if all(pod.begun for pod in observed.gang):
-        left = _seconds_to_hang(observed, settings)
-        if left == 0:
-            return _hang(observed)
-        waits += [] if left is None else [left]
+    first = observed.gang[0]
+    finished = first.finished if first.succeeded else None
+    left = _seconds_to_hang(observed, settings) if finished is None else _seconds_to_follow(observed, finished)
+    if left == 0:
+        return _hang(observed) if finished is None else _hang_at_exit(observed, finished)
+    waits += [] if left is None else [left]
     return Wait(min(waits)) if waits else None
 
 
+def _seconds_to_follow(observed: Observed, finished: datetime) -> float | None:
+    """Seconds that the others have left to end after node 0, which nobody can ask any more; None when all have ended."""
+    if all(pod.ended for pod in observed.gang):
+        return None
+    return observed.seconds_until(finished, observed.policy.progress_deadline_seconds)
+
+
+def _hang_at_exit(observed: Observed, finished: datetime) -> Verdict:
+    left = [pod for pod in observed.gang if not pod.ended]
+    late = f"pod{'s' * (len(left) > 1)} {', '.join(pod.name for pod in left)} did not end within {observed.policy.progress_deadline_seconds} s after that"
+    message = f"node 0 ended well at {seconds_of(finished):%Y-%m-%dT%H:%M:%SZ}, but {late} (runPolicy.progressDeadlineSeconds)"
+    return Verdict(Reason.HANG, message, node=left[0].node)
+
+
 def _seconds_to_hang(observed: Observed, settings: Settings) -> float | None:
-    """Seconds until the trainer counts as hanging, 0 when it does; None when it was never heard.
+    """Seconds until the trainer counts as hanging, 0 when it does; None when it was never heard, or not all of it has begun.
 
     A heartbeat may not be older than the deadline. The trainer's clock may be wrong: one that looks too old has a moment to change, and one that looks too young is
     too old when it has not changed for so long by the clock of this process. After a restart of this process a trainer has the same moment to answer.
     """
+    if not all(pod.begun for pod in observed.gang):
+        return None
     deadline, moment = observed.policy.progress_deadline_seconds, settings.unanswered_seconds
     if observed.progress is not None:
         seen = observed.heartbeat_seen or observed.asked_since or observed.now

@@ -239,7 +239,9 @@ class RunPolicy(Contract):
         300, description="A machine that is not heard for so many seconds is lost: its pod is removed by force and the gang starts anew."
     )
     progress_deadline_seconds: Positive = Field(
-        1800, description="A trainer whose heartbeat is silent for so many seconds hangs, and its gang starts anew; more than parallelism.ddpTimeout."
+        1800,
+        description="A trainer whose heartbeat is silent for so many seconds hangs, as does a node that has not ended so long after node 0 ended well, and its gang starts anew; "
+        "more than parallelism.ddpTimeout.",
     )
     clean_pod_policy: Literal["None", "Running", "All"] = Field(
         "None", description="Which pods are deleted when the job has ended: None keeps them all for their logs, Running those that ended, All none."

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
 from finetune_trainer.contract import DataError, DistributedError
 from gang import Gang
+
+TIMEOUT_SECONDS = 5.0
 
 
 def open_group() -> int:
@@ -46,6 +49,34 @@ def fail_on_first() -> None:
 
     open_group()
     from_first(lambda: (_ for _ in ()).throw(DataError("only rank 0 can know")))
+
+
+def take_longer_than_the_timeout(fails: bool) -> object:
+    """Rank 0 works until its group's timeout has passed twice, and what comes afterwards goes through that group."""
+    from datetime import timedelta
+
+    import torch.distributed
+
+    from finetune_trainer.agreement import from_every, from_first_in_the_end
+
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+
+    def work() -> str:
+        time.sleep(2 * TIMEOUT_SECONDS)
+        if fails:
+            raise DataError("only rank 0 can know")
+        return "done"
+
+    try:
+        found = from_first_in_the_end(work)
+    except DataError as error:
+        found = str(error)
+    return found, from_every(torch.distributed.get_rank())
+
+
+@pytest.mark.parametrize(("fails", "found"), [(False, "done"), (True, "only rank 0 can know")])
+def test_work_of_the_first_may_take_longer_than_the_timeout_of_collectives(gang2: Gang, fails: bool, found: str) -> None:
+    assert gang2.run(take_longer_than_the_timeout, fails) == [(found, [0, 1])] * 2
 
 
 def test_an_error_of_one_rank_stops_every_rank_with_the_same_words(gang2: Gang) -> None:

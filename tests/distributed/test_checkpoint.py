@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from factories import make_rows, make_tiny_model
 from finetune_trainer import hf_files
-from finetune_trainer.contract import ConfigurationError, Preempted
+from finetune_trainer.contract import ConfigurationError, EngineError, Preempted
 from gang import Gang
 from small_runs import Job, Outcome, export_megatron, train
 
@@ -251,3 +255,91 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(asynchronou
     whole = gang1.run(train, Job(model, rows, tmp_path / "whole"))[0]
     assert (resumed.resumed_from, resumed.losses) == (2, pytest.approx(whole.losses, abs=SAME))
     assert not list(folder.glob(".partial-*"))
+
+
+MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["waited-for", "in-the-background"])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fail(run: Callable[..., Any], *arguments: Any, **options: Any) -> EngineError:
+    """What the run ends with on this rank."""
+    with pytest.raises(EngineError) as caught:
+        run(*arguments, **options)
+    assert caught.value.__cause__ is not None
+    return caught.value
+
+
+def fill_disk(trainer: Any, disk: Path) -> None:
+    """Leave no room even for a checkpoint's smallest file."""
+    with pytest.raises(OSError, match="No space left on device"):
+        (disk / "filler").write_bytes(bytes(2**20))
+
+
+def forbid_large_files(trainer: Any) -> None:
+    """Make the kernel refuse what a checkpoint's tensors need, on a disk that has room."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+
+
+def train_with_small_files(job: Job) -> EngineError:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        return fail(train, job, forbid_large_files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def signal_children(trainer: Any) -> None:
+    """As systemd and Slurm stop a job: every process gets the signal; a rank itself goes on until its checkpoint is written."""
+    for child in psutil.Process().children(recursive=True):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            child.send_signal(number)
+
+
+@MODES
+def test_a_full_disk_is_said_on_every_rank_with_the_folder_and_what_would_help(
+    asynchronous: bool, gang2: Gang, model: Path, rows: Path, small_disk: Path
+) -> None:
+    job = Job(model, rows, small_disk, parallelism=TP2, tuning=FULL, checkpoints={"asyncSave": asynchronous})
+    errors = gang2.run(fail, train, job)
+    assert [type(error) for error in errors] == [ConfigurationError, ConfigurationError]
+    assert {str(error) for error in errors} == {
+        f"{small_disk / 'checkpoints'}: the disk is full (No space left on device): a checkpoint could not be written, 0 bytes are free; "
+        "run.outputDir needs more room (checkpoints.saveTotalLimit keeps fewer checkpoints)"
+    }
+
+
+@MODES
+def test_a_disk_without_room_for_the_smallest_file_is_full_too(asynchronous: bool, gang1: Gang, model: Path, rows: Path, small_disk: Path) -> None:
+    job = Job(model, rows, small_disk, checkpoints={"asyncSave": asynchronous})
+    error = gang1.run(fail, train, job, functools.partial(fill_disk, disk=small_disk))[0]
+    assert type(error) is ConfigurationError
+    assert str(error).startswith(f"{small_disk / 'checkpoints'}: the disk is full (No space left on device): ")
+
+
+def test_a_full_disk_is_said_of_the_megatron_format_too(gang2: Gang, model: Path, rows: Path, small_disk: Path, tmp_path: Path) -> None:
+    job = Job(model, rows, tmp_path / "run", parallelism=TP2, tuning=FULL, training={"trainIters": 1})
+    for error in gang2.run(fail, export_megatron, job, small_disk / "megatron", write=True):
+        assert type(error) is ConfigurationError
+        assert str(error).startswith(f"{small_disk}: the disk is full (No space left on device): ")
+
+
+@MODES
+def test_another_failure_of_the_writer_is_an_error_with_its_words(asynchronous: bool, gang2: Gang, model: Path, rows: Path, tmp_path: Path) -> None:
+    job = Job(model, rows, tmp_path, parallelism=TP2, tuning=FULL, checkpoints={"asyncSave": asynchronous})
+    first, second = gang2.run(train_with_small_files, job)
+    assert (type(first), str(first)) == (EngineError, str(second))
+    assert str(first).startswith(f"{tmp_path / 'checkpoints'}: a checkpoint could not be written: rank 0: RuntimeError: Worker failure: ")
+
+
+def test_a_signal_to_every_process_leaves_the_background_save_whole(gang1: Gang, model: Path, rows: Path, tmp_path: Path) -> None:
+    gang1.run(train, Job(model, rows, tmp_path, checkpoints={"asyncSave": True}), signal_children)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-3", "step-6"]

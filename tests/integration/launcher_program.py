@@ -114,6 +114,14 @@ def stop(config: RunConfig, folder: Path, node: int) -> int:
     return 143
 
 
+def full(config: RunConfig, folder: Path, node: int) -> int:
+    """Is asked to stop, and cannot save."""
+    wait_for_sigterm()
+    failure = FailureReport(reason=Reason.CONFIGURATION, message="checkpoints: the disk is full", rank=0, exit_code=10)
+    (folder / "report.json").write_text(report(config, succeeded=False, failure=failure).model_dump_json())
+    return 10
+
+
 def stubborn(config: RunConfig, folder: Path, node: int) -> int:
     """Needs to be asked twice."""
     wait_for_sigterm()
@@ -122,7 +130,7 @@ def stubborn(config: RunConfig, folder: Path, node: int) -> int:
     return 143
 
 
-BEHAVIOURS = {"finish": finish, "fail": fail, "crash": crash, "stop": stop, "stubborn": stubborn}
+BEHAVIOURS = {"finish": finish, "fail": fail, "crash": crash, "stop": stop, "full": full, "stubborn": stubborn}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -233,11 +233,47 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         # A launcher that has not yet run its handler would take two SIGTERMs for one.
         for node in (0, 1):
             await_file(only_run(tmp_path) / f"asked-{node}")
+        time.sleep(local.REPEAT_SECONDS)  # so soon it would be the same request
         run.process.send_signal(signal.SIGINT)
         code, out, err = run.end()
     assert code == 143
     assert "stopping at once" in out
     assert "there is no checkpoint yet" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_twice_in_a_moment_is_one_request(tmp_path: Path, number: signal.Signals) -> None:
+    """As from `timeout`, which signals its command and then the group, and from a terminal that is closed."""
+    with started(tmp_path, nodes=behaving("stop", count=2)) as run:
+        run.await_line("step 1/6")
+        run.process.send_signal(number)
+        run.await_line("stopping after a checkpoint")
+        run.process.send_signal(number)
+        code, out, err = run.end()
+    assert code == 143
+    assert "stopping at once" not in out
+    assert err.startswith("stopped after ")
+    assert (only_run(tmp_path) / "checkpoints" / "step-3").exists()
+
+
+def test_a_run_whose_output_nobody_reads_any_more_still_stops_after_a_checkpoint(tmp_path: Path) -> None:
+    """Ctrl-C ends `tee` too."""
+    with started(tmp_path, nodes=behaving("stop", count=2)) as run:
+        run.await_line("step 1/6")
+        assert run.process.stdout is not None
+        run.process.stdout.close()
+        run.process.send_signal(signal.SIGINT)
+        assert run.process.wait(60) == 143
+    assert (only_run(tmp_path) / "checkpoints" / "step-3").exists()
+
+
+def test_a_failure_after_a_signal_is_told_as_one(tmp_path: Path) -> None:
+    with started(tmp_path, nodes=behaving("full", count=1)) as run:
+        run.await_line("step 1/6")
+        run.process.send_signal(signal.SIGINT)
+        code, _, err = run.end()
+    assert code == 10
+    assert err.startswith("Configuration (rank 0): checkpoints: the disk is full\nlog: ")
 
 
 def test_never_starts_anew(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.failures import Failure, leave_failure
 from finetune_trainer.report import Report
+from finetune_trainer.streams import write_line
 
 if TYPE_CHECKING:
     from finetune_trainer.data import Rows
@@ -394,14 +395,14 @@ def leave(failure: Failure, report: Report | None, identity: str) -> None:
     if folder is not None:
         leave_failure(folder, failure)
     else:
-        print(failure.trace or failure.report.message, file=sys.stderr, flush=True)
+        write_line(failure.trace or failure.report.message, sys.stderr)
     if report is not None:
         report.close()
         try:
             report.fail(identity, failure.report)
         except OSError as error:
             if folder is None:  # else the launcher tries again, and says so
-                print(f"the report could not be written: {error}", file=sys.stderr, flush=True)
+                write_line(f"the report could not be written: {error}", sys.stderr)
 
 
 def end(code: int) -> None:

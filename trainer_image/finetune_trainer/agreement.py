@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch import distributed
@@ -10,6 +11,8 @@ from torch import distributed
 from finetune_trainer.contract import DistributedError, EngineError
 
 Result = TypeVar("Result")
+ENDLESS = timedelta(days=30)
+"""A rank that is waited for so long is watched otherwise: by its launcher, and by who reads its progress."""
 
 
 def together(action: Callable[[], Result]) -> Result:
@@ -42,7 +45,28 @@ def _share(error: Exception | None) -> EngineError | None:
 
 def from_first(make: Callable[[], Result]) -> Result:
     """Do ``make`` on rank 0 alone; its result, or its error, on every rank. Collective."""
-    value = together(lambda: make() if distributed.get_rank() == 0 else None)
+    return _from_first(make, lambda: None)
+
+
+def from_first_in_the_end(make: Callable[[], Result]) -> Result:
+    """As ``from_first``, for work that may take rank 0 longer than ``ddpTimeout``: the others wait for it as long as it takes. Collective."""
+    ended = distributed.new_group(backend="gloo", timeout=ENDLESS)
+
+    def make_and_tell() -> Result:
+        try:
+            return make()
+        finally:
+            distributed.barrier(ended)
+
+    try:
+        return _from_first(make_and_tell, lambda: distributed.barrier(ended))
+    finally:
+        distributed.destroy_process_group(ended)
+
+
+def _from_first(make: Callable[[], Result], meanwhile: Callable[[], None]) -> Result:
+    """``meanwhile`` is what the other ranks do."""
+    value = together(lambda: make() if distributed.get_rank() == 0 else meanwhile())
     values = [value]
     distributed.broadcast_object_list(values, src=0)
     return values[0]  # type: ignore[return-value]

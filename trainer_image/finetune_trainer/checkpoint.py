@@ -7,20 +7,24 @@ with ``weights_only``. The index that torch writes is a pickle: it is opened onl
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import queue
 import shutil
+import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune_trainer import hf_export, hf_files, launch, megatron_cpu, training_state
 from finetune_trainer.agreement import from_every, from_first
@@ -40,7 +44,7 @@ from finetune_trainer.checkpoint_files import (
     surplus,
     sync_folder,
 )
-from finetune_trainer.contract import Preempted, RunConfig
+from finetune_trainer.contract import ConfigurationError, EngineError, Preempted, RunConfig
 from finetune_trainer.lora import adapters, merged_weight
 from finetune_trainer.parallel import Ranks
 from finetune_trainer.report import Beginning, Report, write_atomically
@@ -55,6 +59,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
 
 LATEST = "latest_checkpointed_iteration.txt"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+TORCH_WRITER = ("inline_container", "iostream error")
+"""In the words of torch's writer of files, which does not say why a write has failed."""
+PROBE_BYTES = 2**20
+"""More than a full disk still takes: a write that fails for want of room has taken what there was."""
 
 
 class Checkpoints:
@@ -112,7 +121,7 @@ class Checkpoints:
     def save(self, step: int, updates: int) -> None:
         """Write a checkpoint of ``step`` and publish it; with asyncSave it is published by a later ``poll`` or ``wait``. Collective.
 
-        Raises Preempted when a newer attempt of this run has started.
+        Raises Preempted when a newer attempt of this run has started, ConfigurationError when the disk is full, EngineError when writing fails otherwise.
         """
         self.wait()
         ranks = self._state.ranks
@@ -134,7 +143,8 @@ class Checkpoints:
             files={},
         )
         tensors = training_state.gather(self._state, with_optimizer=manifest.with_optimizer)
-        request = dist_checkpointing.save(tensors, str(partial), _strategy(), async_sharded_save=self._queue is not None)
+        with _explain_failed_writes(self.folder):
+            request = dist_checkpointing.save(tensors, str(partial), _strategy(), async_sharded_save=self._queue is not None)
         publish = functools.partial(self._publish, partial, manifest)
         if self._queue is None:
             publish()
@@ -144,15 +154,15 @@ class Checkpoints:
             self._pending = True
 
     def poll(self) -> None:
-        """Publish an asynchronous checkpoint that is written by now. Collective."""
+        """Publish an asynchronous checkpoint that is written by now; raises what ``save`` does. Collective."""
         self._finalize(blocking=False)
 
     def wait(self) -> None:
-        """Publish the asynchronous checkpoint that is being written. Collective."""
+        """Publish the asynchronous checkpoint that is being written; raises what ``save`` does. Collective."""
         self._finalize(blocking=True)
 
     def close(self) -> None:
-        """Wait, and end what writes in the background. Collective."""
+        """Wait, and end what writes in the background; raises what ``save`` does. Collective."""
         self.wait()
         _collect_results_in(asynchronous=False)
 
@@ -162,7 +172,8 @@ class Checkpoints:
 
     def _finalize(self, *, blocking: bool) -> None:
         if self._queue is not None and self._pending:
-            self._queue.maybe_finalize_async_calls(blocking=blocking)
+            with _explain_failed_writes(self.folder):
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
             self._pending = self._queue.get_num_unfinalized_calls() > 0
 
     def _publish(self, partial: Path, manifest: Manifest) -> None:
@@ -203,8 +214,23 @@ def _strategy() -> Any:
 @functools.cache
 def _manager() -> SyncManager:
     manager = SyncManager(ctx=get_context("spawn"))
-    manager.start(launch.die_with_parent, (os.getpid(),))
+    with _stop_signals_blocked():
+        manager.start(launch.die_with_parent, (os.getpid(),))
     return manager
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Let what is started meanwhile never get SIGTERM and SIGINT: systemd and Slurm send them to every process, and a rank still saves then.
+
+    A process inherits what its parent blocks. One that ignored them by itself would have to import this module, and with it torch and Megatron-core.
+    """
+    resource_tracker.ensure_running()  # its start, else the first thing of a start, unblocks them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect_results_in(*, asynchronous: bool) -> None:
@@ -214,6 +240,60 @@ def _collect_results_in(*, asynchronous: bool) -> None:
     writer, which this one reads at once; one in the background gets a manager that dies with its rank.
     """
     filesystem_async._results_queue = _manager().Queue() if asynchronous else queue.Queue()
+
+
+@contextmanager
+def _explain_failed_writes(folder: Path) -> Iterator[None]:
+    """Turn what Megatron's writer raises, below ``folder``, into a failure with a reason.
+
+    Raises ConfigurationError when the disk is full, else EngineError. A CheckpointException, which is no Exception, comes on every rank
+    and says why on rank 0 alone: all raise what that one finds.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+        raise from_first(functools.partial(_describe_failed_write, folder, failures)) from error
+    except RuntimeError as error:
+        if not _is_of_torch_writer(str(error)):
+            raise
+        raise _describe_failed_write(folder, {torch.distributed.get_rank(): error}) from error  # of common.pt, which rank 0 writes alone
+
+
+def _describe_failed_write(folder: Path, failures: Mapping[int, BaseException]) -> EngineError:
+    full = _full_disk(folder, [str(failure) for failure in failures.values()])
+    if full is not None:
+        return ConfigurationError(
+            f"{folder}: the disk is full ({full}): a checkpoint could not be written, {shutil.disk_usage(folder).free} bytes are free; "
+            "run.outputDir needs more room (checkpoints.saveTotalLimit keeps fewer checkpoints)"
+        )
+    rank, first = min(failures.items())
+    line = str(first).partition("\n")[0]
+    return EngineError(f"{folder}: a checkpoint could not be written: rank {rank}: {type(first).__name__}: {line}")
+
+
+def _full_disk(folder: Path, failures: Sequence[str]) -> str | None:
+    """The kernel's words for a full disk or quota, where that is why writing failed. Errors come from other processes as texts, without their causes."""
+    for number in FULL_DISK:
+        if any(f"[Errno {number}]" in failure for failure in failures):
+            return os.strerror(number)
+    return _probe(folder) if any(map(_is_of_torch_writer, failures)) else None
+
+
+def _is_of_torch_writer(failure: str) -> bool:
+    return any(sign in failure for sign in TORCH_WRITER)
+
+
+def _probe(folder: Path) -> str | None:
+    """Try to write; the kernel's words when the disk or the quota is full."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror if error.errno in FULL_DISK else None
+    return None
 
 
 def _scaler_state(state: TrainingState) -> dict[str, float]:
@@ -237,7 +317,10 @@ def _restore_scaler(state: TrainingState, saved: dict[str, float]) -> None:
 
 
 def save_model(chunks: Sequence[torch.nn.Module], ranks: Ranks, folder: Path, step: int) -> None:
-    """Write the whole model (LoRA merged) as Megatron-core's torch_dist: ``iter_<step>`` and ``latest_checkpointed_iteration.txt``, as Megatron-LM reads it. Collective."""
+    """Write the whole model (LoRA merged) as Megatron-core's torch_dist: ``iter_<step>`` and ``latest_checkpointed_iteration.txt``, as Megatron-LM reads it. Collective.
+
+    Raises ConfigurationError when the disk is full, EngineError when writing fails otherwise.
+    """
     from_first(functools.partial(hf_export.check_replaceable, folder))
     partial = hf_export.partial_folder(folder)
     iteration = partial / f"iter_{step:07}"
@@ -245,7 +328,8 @@ def save_model(chunks: Sequence[torch.nn.Module], ranks: Ranks, folder: Path, st
     _collect_results_in(asynchronous=False)
     with merged(chunks):
         content = {**_sharded_weights(chunks), "iteration": step, "checkpoint_version": 3.0}
-        dist_checkpointing.save(content, str(iteration), _strategy())
+        with _explain_failed_writes(folder.parent):
+            dist_checkpointing.save(content, str(iteration), _strategy())
     from_first(lambda: write_atomically(partial / LATEST, str(step).encode()))
     _describe_files(partial, ranks)
     from_first(functools.partial(hf_export.replace_folder, partial, folder))

@@ -12,7 +12,8 @@ import re
 import socket
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from os.path import exists, isdir  # False, where Path's raise: a name that is too long for a file
@@ -21,6 +22,7 @@ from typing import Any
 
 from finetune_trainer import flags
 from finetune_trainer.contract import ConfigurationError, EngineError, ModelConfig, RunConfig, exit_for, nearest
+from finetune_trainer.streams import write_line
 from finetune_trainer.swift_flags import CONVERTED, FIXED, NO_EFFECT
 
 USAGE = """usage: megatron sft FLAGS          train: full-parameter or LoRA, from a Hugging Face model
@@ -58,7 +60,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"megatron: {text}", file=sys.stderr, flush=True)
+    write_line(f"megatron: {text}", sys.stderr)
 
 
 def usage(_: list[str]) -> int:
@@ -98,6 +100,7 @@ def sft(arguments: list[str]) -> int:
 
     launcher.check_inputs(config)
     if launcher.is_first_node():  # every node computes a folder, the gang uses the first node's
+        config = claim_folder(config) if line.command().add_version else config
         write_run(config)
         _say(f"results: {config.run.output_dir}")
     return launcher.launch(config)
@@ -115,14 +118,31 @@ def make_run(line: flags.CommandLine, now: datetime) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": str(folder)})})
 
 
+def claim_folder(config: RunConfig) -> RunConfig:
+    """The run with its version folder made: one that no other command has, which takes the next version of two that begin in one second. A run that goes on keeps its folder."""
+    folder = Path(config.run.output_dir)
+    while not isdir(folder / "checkpoints"):
+        with _writing_to(folder), suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+        folder = folder.with_name(f"v{_next_version(folder.parent)}-{folder.name.partition('-')[2]}")
+    return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": str(folder)})})
+
+
 def write_run(config: RunConfig) -> None:
     """Write `run.json` into the run's folder, whole or not at all; `megatron launch` runs it again."""
     folder = Path(config.run.output_dir)
-    try:
+    with _writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".run.json.{socket.gethostname()}-{os.getpid()}"  # another command may write to the same folder
         partial.write_text(config.dump() + "\n", encoding="utf-8")
         partial.replace(folder / "run.json")
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigurationError(f"--output_dir: cannot write to {folder}: {error.strerror}") from error
 

@@ -28,12 +28,15 @@ from finetune_trainer.contract import ConfigurationError, EngineError, Reason, R
 from finetune_trainer.failures import End, Failure, choose_failure, make_failure, read_failures
 from finetune_trainer.model_folder import check_model_folder, find_local_folder
 from finetune_trainer.ports import find_free_port
+from finetune_trainer.streams import write_line
 from finetune_trainer.watch import News, Seat, Watch, open_watch
 
 RANK_PROGRAM = (sys.executable, "-P", "-m", "finetune_trainer")
 FAILURE_FOLDER = "FINETUNE_FAILURE_FOLDER"
 LINGER_SECONDS = 1.0
 """Time that the other ranks have to leave their own failures once one has died."""
+REPEAT_SECONDS = 0.5
+"""A signal that comes so soon after the first one is the same request: `timeout`, systemd and a terminal that closes signal a process, and its group too."""
 LAST_WORDS_BYTES = 2**14
 """Of a rank's standard error, kept for the reason of one that can leave none."""
 FORWARD_SECONDS = 1.0
@@ -98,8 +101,8 @@ class Course:
     ranks: list[Rank] = field(default_factory=list)
     stop_requested: bool = False
     """Whether the ranks were asked to save and end."""
-    signalled: bool = False
-    """Whether a signal has come to this launcher itself; in a cluster each node gets its own, some time after another has passed its own on."""
+    signalled: float | None = None
+    """When the first signal came to this launcher itself (``time.monotonic``); in a cluster each node gets its own, some time after another has passed its own on."""
     deadline: float | None = None
     events: queue.SimpleQueue[Rank | News | int] = field(default_factory=queue.SimpleQueue)
     """A rank that has ended, what another node's launcher has told, or the number of a signal that has come."""
@@ -141,7 +144,7 @@ def take_seat(node: Node, config: RunConfig) -> Seat:
 
 def say(text: str) -> None:
     """One message of the `megatron` command."""
-    print(f"megatron: {text}", file=sys.stderr, flush=True)
+    write_line(f"megatron: {text}", sys.stderr)
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -378,12 +381,12 @@ def _follow(course: Course, watch: Watch) -> None:
             return
         elif event is News.STOP:
             _request_stop(course)
-        elif course.signalled:
-            return  # asked a second time: at once
-        else:
-            course.signalled = True
+        elif course.signalled is None:
+            course.signalled = time.monotonic()
             watch.request_stop()
             _request_stop(course)
+        elif time.monotonic() - course.signalled > REPEAT_SECONDS:
+            return  # asked a second time: at once
 
 
 def _await(rank: Rank, events: queue.SimpleQueue[Rank | News | int]) -> None:
@@ -443,7 +446,7 @@ def _tell(failure: Failure, own: Failure | None) -> None:
     """Say why, and where, if that was on another node."""
     message = failure.report.message.rstrip()
     if failure.trace:
-        print(failure.trace.rstrip(), file=sys.stderr, flush=True)
+        write_line(failure.trace.rstrip(), sys.stderr)
     elif failure is own or failure.report.rank is None:
         say(message)
     else:
@@ -455,14 +458,12 @@ def _leave_failure_report(config: RunConfig, node: Node, failure: Failure, start
     found = report.read_report(config)
     if found is not None and (found.start_time < started or found.attempt != config.run.attempt):
         found = None  # of another launch
-    if found is not None and found.failure == failure.report:
-        return
     now = datetime.now(UTC)
     whole = (found or RunReport(**report.describe_run(config, config.identity()), succeeded=False, start_time=started, completion_time=now)).model_copy(
         update={"succeeded": False, "failure": failure.report, "completion_time": now}
     )
     try:
-        if node.rank == 0:
+        if node.rank == 0 and (found is None or found.failure != failure.report):
             report.leave_report(whole, config)
         else:
             report.leave_termination_message(whole, config)

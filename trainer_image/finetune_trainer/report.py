@@ -13,6 +13,7 @@ import math
 import os
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from finetune_trainer.contract import (
     Verification,
     is_logged,
 )
+from finetune_trainer.streams import write_line
 
 PROGRESS_FILE = "progress.json"
 REPORT_FILE = "report.json"
@@ -147,7 +149,7 @@ class Report:
     def say(self, line: str) -> None:
         """One plain line on standard output, of rank 0 alone."""
         if self.speaks:
-            print(line, flush=True)
+            write_line(line, sys.stdout)
 
     def note(self, sentence: str) -> None:
         """Say something once, and keep it for the report."""
@@ -269,11 +271,13 @@ def read_report(config: RunConfig) -> RunReport | None:
 def leave_report(report: RunReport, config: RunConfig) -> None:
     """Write report.json, unless a newer attempt of the same job has, and the termination message where one is asked for. Raises OSError."""
     path = Path(config.run.output_dir) / REPORT_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = read_report(config)
-    if found is None or found.uid != report.uid or found.attempt <= report.attempt:
-        write_atomically(path, report.model_dump_json(indent=2).encode())
-    leave_termination_message(report, config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = read_report(config)
+        if found is None or found.uid != report.uid or found.attempt <= report.attempt:
+            write_atomically(path, report.model_dump_json(indent=2).encode())
+    finally:  # it lies on another disk, and says why where this one cannot be written
+        leave_termination_message(report, config)
 
 
 def leave_termination_message(report: RunReport, config: RunConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from prometheus_client import REGISTRY
 
 from api_server import FIRST, connected
 from finetune_operator import names
@@ -20,8 +21,10 @@ from finetune_operator.pods import read_pod
 from finetune_operator.polling import Poller
 from finetune_operator.settings import Settings
 from finetune_operator.status import Phase, Status
-from finetune_operator.store import JobRecord, Store
+from finetune_operator.store import JobRecord, Store, dump_status
 from finetune_operator.telling import Teller
+from jobs import job_value
+from situations import NEW, after
 
 Json = dict[str, Any]
 Answers = dict[str, tuple[int, Json]]
@@ -114,6 +117,55 @@ def test_what_the_api_server_said_is_passed_on() -> None:
     answers = {f"PATCH {JOBS}/job/status": (200, {"metadata": {"resourceVersion": "3"}}), f"POST {PODS}": (500, {"message": "failed calling webhook"})}
     _, (_, (_, patch)) = with_cluster(answers, scenario)
     assert patch["status"]["conditions"][0]["message"].endswith("tries again: POST Pod job-1-0: 500 failed calling webhook")
+
+
+def test_a_restart_is_told_and_counted_once_though_a_pod_cannot_be_deleted() -> None:
+    def restarts() -> float:
+        return REGISTRY.get_sample_value("finetune_job_restarts_total", {"namespace": "team", "reason": "PodDeleted"}) or 0.0
+
+    async def scenario(cluster: Cluster, job: JobRecord) -> Any:
+        before = restarts()
+        put_gang_without_node_1(cluster.store)
+        for _ in range(2):
+            with pytest.raises(ApiError, match="500 etcd is away"):
+                await cluster.reconcile(KEY)
+        return [body["reason"] for _, body in drain(cluster.teller)], restarts() - before
+
+    answers = {
+        f"PATCH {JOBS}/job/status": (200, {"metadata": {"resourceVersion": "9"}}),
+        f"DELETE {PODS}/job-1-0": (500, {"message": "etcd is away"}),
+    }
+    found, asked = with_cluster(answers, scenario)
+    assert found == (["Restarting"], 1.0)
+    assert [what for what, _ in asked] == [f"PATCH {JOBS}/job/status", *2 * [f"DELETE {PODS}/job-1-0"]]
+
+
+def test_nothing_is_told_of_a_status_that_was_not_written() -> None:
+    async def scenario(cluster: Cluster, job: JobRecord) -> Any:
+        put_gang_without_node_1(cluster.store)
+        with pytest.raises(ApiError, match="409"):
+            await cluster.reconcile(KEY)
+        return drain(cluster.teller)
+
+    assert with_cluster({f"PATCH {JOBS}/job/status": (409, {"message": "the object has been modified"})}, scenario)[0] == []
+
+
+def put_gang_without_node_1(store: Store) -> None:
+    """The job `job` with a gang of two nodes, of which one is gone."""
+    status = dump_status(after(NEW))
+    metadata = {"namespace": "team", "name": "job", "uid": "u1", "generation": 1, "resourceVersion": "5", "creationTimestamp": "2026-11-21T10:00:00Z"}
+    store.put_job({"metadata": metadata, "spec": job_value(nodes={"count": 2}, volumes={"work": {"claimName": "w"}})["spec"], "status": status})
+    labels = {names.JOB_LABEL: "job", names.ATTEMPT_LABEL: "1", names.NODE_LABEL: "0"}
+    owner = {"uid": "u1", "kind": names.KIND, "controller": True}
+    pod = {"namespace": "team", "name": "job-1-0", "uid": "p2", "resourceVersion": "6", "labels": labels, "ownerReferences": [owner]}
+    record = read_pod({"metadata": pod})
+    assert record is not None
+    store.put_pod(record)
+
+
+def drain(teller: Teller) -> list[tuple[str, Json]]:
+    """What waits to be told."""
+    return [teller.waiting.get_nowait() for _ in range(teller.waiting.qsize())]
 
 
 @pytest.mark.parametrize(

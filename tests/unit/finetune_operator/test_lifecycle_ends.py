@@ -20,6 +20,7 @@ from situations import (
     SUCCEEDED,
     TRAINING,
     Case,
+    after,
     at,
     check,
     check_again,
@@ -36,11 +37,15 @@ from situations import (
 
 GONE = "gang 1 ended: PodDeleted: pod tiny-1-1 is gone"
 DELETED = "gang 1 ended: PodDeleted: pod tiny-1-1 was deleted"
+EXIT_HANGS = (
+    "gang 1 ended: Hang: node 0 ended well at 2026-05-04T12:01:40Z, but pod tiny-1-1 did not end within 1800 s after that (runPolicy.progressDeadlineSeconds)"
+)
 UNREAD = "node 0 left no report that can be read, so what was exported and verified is not known here; report.json is on the work volume"
 EXPORTED = "peft at /work/default/tiny/u/peft; verified: Adapter"
 SUSPEND = {"suspend": True}
 REFUSED_SPEC = Refusal("InvalidSpec", "nodes.podTemplate.spec.containers[0].image: Required value")
 INVALID = InvalidJob(Problem("spec.volumes.work", "it is required in a cluster"), Problem("spec.nodes.count", "it must be at least 1"))
+HALF_ENDED = after(TRAINING, succeeded(0), running(1), now=101)
 OFTEN_RESTARTED = TRAINING.model_copy(update={"restarts": Restarts(total=9, counted=9)})
 
 ENDING_WELL = [
@@ -293,6 +298,39 @@ GANGS = [
         phase="Restarting",
         delete=("tiny-1-0", "tiny-1-1"),
         events=("Warning Restarting: gang 1 ended: NodeLost: node node-1 of pod tiny-1-1 was not ready for 300 s (runPolicy.nodeLostSeconds)",),
+    ),
+    Case(
+        "the others are awaited when node 0 has ended well",
+        seen(HALF_ENDED, succeeded(0), running(1), now=130),
+        again=1770.0,
+        written=False,
+    ),
+    Case(
+        "as long as the spec says",
+        seen(HALF_ENDED, succeeded(0), running(1), now=130, spec=policy(progressDeadlineSeconds=700)),
+        again=670.0,
+        written=False,
+    ),
+    Case(
+        "a pod that ends before the deadline changes nothing",
+        seen(HALF_ENDED, succeeded(0), succeeded(1, finished=at(1899)), now=1901),
+        phase="Succeeded",
+        events=(f"Normal Succeeded: {UNREAD}",),
+    ),
+    Case(
+        "nor one that ends late, when that is seen first",
+        seen(HALF_ENDED, succeeded(0), succeeded(1, finished=at(5000)), now=5001),
+        phase="Succeeded",
+        events=(f"Normal Succeeded: {UNREAD}",),
+    ),
+    Case(
+        "a pod that hangs at its exit ends the gang",
+        seen(HALF_ENDED, succeeded(0), running(1), now=1900),
+        phase="Restarting",
+        ready=("False", "Restarting", EXIT_HANGS),
+        delete=("tiny-1-0", "tiny-1-1"),
+        events=(f"Warning Restarting: {EXIT_HANGS}",),
+        fields={"restarts.counted": 1, "failure.reason": "Hang", "failure.node": "node-1"},
     ),
     Case(
         "a gang that was judged is not judged again",

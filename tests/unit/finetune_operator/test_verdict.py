@@ -9,9 +9,10 @@ import pytest
 from finetune_operator.observed import Observed
 from finetune_operator.verdict import Verdict, Wait, judge
 from finetune_trainer.contract import EXITS, Consequence, Reason
-from situations import ALL_RUN, LOADING, SETTINGS, TRAINING, at, failed, heard, node, pod, running, seen, succeeded, told_failure
+from situations import ALL_RUN, LOADING, SETTINGS, TRAINING, at, failed, heard, node, pod, policy, running, seen, succeeded, told_failure
 
 RETRY, PERMANENT, UNCOUNTED = Consequence.RETRY, Consequence.PERMANENT, Consequence.UNCOUNTED
+ENDING = (succeeded(0), succeeded(1, finished=at(140)), running(2))
 MEMORY = "pod tiny-1-1 was killed because it used more host memory than its limit (OOMKilled); raise nodes.resources.limits.memory"
 
 
@@ -265,6 +266,27 @@ VERDICTS: list[tuple[str, Observed, str, str, Consequence]] = [
         "the trainer has shown no progress since 2026-05-04T12:00:20Z, for 1800 s (runPolicy.progressDeadlineSeconds); it was at stage training, step 5/20",
         RETRY,
     ),
+    (
+        "node 0 has ended well, and a pod hangs at its exit",
+        judged(succeeded(0), running(1), now=1900),
+        "Hang",
+        "node 0 ended well at 2026-05-04T12:01:40Z, but pod tiny-1-1 did not end within 1800 s after that (runPolicy.progressDeadlineSeconds)",
+        RETRY,
+    ),
+    (
+        "the job's own deadline counts at the exit too, and every pod that hangs is named",
+        judged(succeeded(0), succeeded(1), running(2), pod(3), now=800, spec={"nodes": {"count": 4}, **policy(progressDeadlineSeconds=700)}),
+        "Hang",
+        "node 0 ended well at 2026-05-04T12:01:40Z, but pods tiny-1-2, tiny-1-3 did not end within 700 s after that (runPolicy.progressDeadlineSeconds)",
+        RETRY,
+    ),
+    (
+        "a pod that hangs at its exit on a node that is lost meanwhile",
+        judged(succeeded(0), running(1), now=1900, nodes=(node(1, 1000),)),
+        "NodeLost",
+        "node node-1 of pod tiny-1-1 was not ready for 300 s (runPolicy.nodeLostSeconds)",
+        RETRY,
+    ),
 ]
 
 NOT_YET: list[tuple[str, Observed, float | None]] = [
@@ -286,6 +308,14 @@ NOT_YET: list[tuple[str, Observed, float | None]] = [
     ("a trainer that was never reached does not hang", seen(LOADING, *ALL_RUN, now=9999, asked_since=at(20)), None),
     ("the operator was away and has not asked yet", judged(*ALL_RUN, now=9999), None),
     ("the operator was away and has asked for a moment", judged(*ALL_RUN, now=9999, asked_since=at(9990)), 51.0),
+    ("node 0 has ended well, and the others have time to", judged(succeeded(0), running(1)), 1799.0),
+    ("to the last second", judged(succeeded(0), running(1), now=1899), 1.0),
+    ("as much as the spec says", judged(succeeded(0), running(1), spec=policy(progressDeadlineSeconds=700)), 699.0),
+    ("a heartbeat that is older than node 0's end says nothing of it", judged(succeeded(0), running(1), now=1899, progress=heard(when=60)), 1.0),
+    ("a pod that ends after node 0 gives the others no more time", judged(*ENDING, now=150, spec={"nodes": {"count": 3}}), 1750.0),
+    ("a node that is silent after node 0 has ended", judged(succeeded(0), running(1), nodes=(node(1, 100),)), 299.0),
+    ("all have ended before the deadline", judged(succeeded(0), succeeded(1), now=9999), None),
+    ("nobody knows when node 0 ended", judged(succeeded(0, exit_code=None, finished=None), running(1), now=9999), None),
     ("a pod that has not started again cannot hang", judged(running(0), pod(1), now=9999, progress=heard(when=100)), None),
 ]
 
@@ -322,3 +352,9 @@ def test_hang_is_of_the_node_that_was_asked() -> None:
     verdict = judge(judged(*ALL_RUN, now=1900, progress=heard(when=100)), SETTINGS)
     assert isinstance(verdict, Verdict)
     assert (verdict.node, verdict.rank, verdict.exit_code) == ("node-0", None, None)
+
+
+def test_hang_at_the_exit_is_of_the_node_whose_pod_did_not_end() -> None:
+    verdict = judge(judged(succeeded(0), running(1), now=1900), SETTINGS)
+    assert isinstance(verdict, Verdict)
+    assert (verdict.node, verdict.rank, verdict.exit_code) == ("node-1", None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -189,6 +190,22 @@ def test_resume_auto_goes_on_in_the_newest_folder_that_has_a_checkpoint_of_the_s
     assert name("--lr", "1e-3") == "v3"
 
 
+def test_commands_that_begin_in_one_second_have_folders_of_their_own(folder: Path) -> None:
+    configs = [make("--output_dir", "out", "--lr", rate) for rate in ("1e-3", "1e-4", "1e-5")]
+    with ThreadPoolExecutor(3) as executor:
+        claimed = list(executor.map(cli.claim_folder, configs))
+    assert len({config.run.output_dir for config in configs}) == 1
+    assert sorted(Path(config.run.output_dir).name.partition("-")[0] for config in claimed) == ["v0", "v1", "v2"]
+    assert [config.training.lr for config in claimed] == [1e-3, 1e-4, 1e-5]
+
+
+def test_a_run_that_goes_on_keeps_its_folder(folder: Path) -> None:
+    config = make("--output_dir", "out", "--lr", "1e-3")
+    save_checkpoint(config)
+    again = make("--output_dir", "out", "--lr", "1e-3", "--resume", "auto")
+    assert cli.claim_folder(again).run.output_dir == again.run.output_dir == config.run.output_dir
+
+
 def test_run_json_is_the_run(folder: Path) -> None:
     config = make("--output_dir", "out")
     cli.write_run(config)
@@ -199,6 +216,8 @@ def test_run_json_is_the_run(folder: Path) -> None:
 def test_an_output_folder_that_cannot_be_made_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"--output_dir: cannot write to .*rows\.jsonl.*: Not a directory"):
         cli.write_run(make("--output_dir", "rows.jsonl"))
+    with pytest.raises(ConfigurationError, match=r"--output_dir: cannot write to .*rows\.jsonl.*: Not a directory"):
+        cli.claim_folder(make("--output_dir", "rows.jsonl"))
 
 
 # Config files

@@ -319,9 +319,13 @@ os._exit(143)
         ([signal.SIGTERM, signal.SIGTERM], False),
         ([News.STOP, signal.SIGTERM, signal.SIGINT], False),
         ([News.STOP, News.END], False),
+        (["in a moment", signal.SIGTERM, signal.SIGTERM], True),
+        (["in a moment", signal.SIGTERM, News.END], False),
     ],
 )
-def test_only_a_second_signal_of_its_own_or_a_failed_gang_keeps_a_node_from_saving(events: list[News | int], has_saved: bool, tmp_path: Path) -> None:
+def test_only_a_second_signal_of_its_own_or_a_failed_gang_keeps_a_node_from_saving(
+    events: list[News | int | str], has_saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cluster asks the pods of a gang one after the other, so that another node's word often comes before a node's own signal."""
     course = Course(grace_seconds=600)
     environment = {**os.environ, "RANK": "0", "OUT": str(tmp_path), launch.FAILURE_FOLDER: str(tmp_path)}
@@ -329,8 +333,10 @@ def test_only_a_second_signal_of_its_own_or_a_failed_gang_keeps_a_node_from_savi
     while not (tmp_path / "ready").exists():
         assert course.ranks[0].process.poll() is None
         threading.Event().wait(0.01)
+    monkeypatch.setattr(launch, "REPEAT_SECONDS", 600.0 if "in a moment" in events else 0.0)
     for event in events:
-        course.events.put(event)
+        if not isinstance(event, str):
+            course.events.put(event)
     if has_saved:
         (tmp_path / "go").touch()
     launch._follow(course, Watch())
@@ -419,9 +425,30 @@ def test_a_second_signal_kills_the_ranks_at_once(start_launcher: Start) -> None:
     assert process.stdout is not None
     process.send_signal(signal.SIGINT)
     assert {process.stdout.readline().split()[0] for _ in range(2)} == {"asked"}
+    time.sleep(launch.REPEAT_SECONDS + 0.2)  # so soon it would be the same request
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 143
+
+
+def test_why_a_run_failed_is_told_to_kubernetes_where_the_folder_of_results_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = make_config(tmp_path, outputDir=str(tmp_path / "file" / "out"), terminationMessagePath=str(tmp_path / "termination"))
+    body = 'fail("Configuration", "run.outputDir cannot be written", 10)'
+    assert launch.launch(config, {**os.environ, "NPROC_PER_NODE": "1"}, make_program(tmp_path, body)) == 10
+    failure = json.loads((tmp_path / "termination").read_text())["failure"]
+    assert (failure["reason"], failure["message"]) == ("Configuration", "run.outputDir cannot be written")
+
+
+def test_a_launcher_whose_words_nobody_reads_ends_as_any_other(start_launcher: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    process = start_launcher(CHECKPOINTING)
+    wait_for_ranks(process)
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 143
+    assert read_failure(tmp_path).reason is Reason.PREEMPTED
 
 
 def test_ranks_do_not_outlive_a_launcher_that_is_killed(start_launcher: Start) -> None:
