@@ -57,7 +57,7 @@ def take_longer_than_the_timeout(fails: bool) -> object:
 
     import torch.distributed
 
-    from finetune_trainer.agreement import from_every, from_first_in_the_end
+    from finetune_trainer.agreement import from_every, from_first_however_long
 
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
 
@@ -68,7 +68,7 @@ def take_longer_than_the_timeout(fails: bool) -> object:
         return "done"
 
     try:
-        found = from_first_in_the_end(work)
+        found = from_first_however_long(work)
     except DataError as error:
         found = str(error)
     return found, from_every(torch.distributed.get_rank())

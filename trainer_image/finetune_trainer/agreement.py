@@ -48,7 +48,7 @@ def from_first(make: Callable[[], Result]) -> Result:
     return _from_first(make, lambda: None)
 
 
-def from_first_in_the_end(make: Callable[[], Result]) -> Result:
+def from_first_however_long(make: Callable[[], Result]) -> Result:
     """As ``from_first``, for work that may take rank 0 longer than ``ddpTimeout``: the others wait for it as long as it takes. Collective."""
     ended = distributed.new_group(backend="gloo", timeout=ENDLESS)
 

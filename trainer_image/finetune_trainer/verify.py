@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune_trainer import checkpoint, convert, hf_files, lora, model
-from finetune_trainer.agreement import from_every, from_first_in_the_end
+from finetune_trainer.agreement import from_every, from_first_however_long
 from finetune_trainer.attention import SdpaAttention
 from finetune_trainer.contract import ArtifactFormat, ConfigurationError, ModelError, RunConfig, Verification
 from finetune_trainer.data import Row
@@ -156,7 +156,7 @@ def _compare_with(chunks: Sequence[GPTModel], ranks: Ranks, hf: HFModel, kind: A
     """The largest difference to the artifact loaded by transformers and PEFT, and a sentence when they do not agree. Collective; rank 0 holds the loaded model."""
     dtype = next(iter(chunks[0].parameters())).dtype
     trained = Trained(prompts, model.logits(chunks, prompts, ranks), model.hidden_states(chunks, prompts[:1], ranks), dtype)
-    return from_first_in_the_end(lambda: _find_difference(trained, hf, kind, folder, choose_device(hf, dtype, ranks.device)))
+    return from_first_however_long(lambda: _find_difference(trained, hf, kind, folder, choose_device(hf, dtype, ranks.device)))
 
 
 def _compare_in_float32(chunks: Sequence[GPTModel], ranks: Ranks, hf: HFModel, artifacts: Artifacts, prompts: list[list[int]]) -> list[tuple[float, str]]:
