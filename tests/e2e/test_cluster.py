@@ -127,10 +127,10 @@ def test_a_cluster_to_play_with_outlives_its_command_and_leaves_nothing_when_it_
         subprocess.run([*kubectl, "run", "pause", "--image=localhost/pause:1", "--image-pull-policy=Never"], check=True)
         subprocess.run([*kubectl, "wait", "pod/pause", "--for=condition=Ready", "--timeout=90s"], check=True)
         assert traces(state)
-        assert names_on_host() != before
+        assert names_on_host() - before
     finally:
         subprocess.run([*playground, "down"], env=environment, check=True)
     assert traces(state) == []
-    assert names_on_host() == before
+    assert names_on_host() - before == set()  # some of the other cluster's may have gone meanwhile
     assert not state.exists()
     assert cluster.kubectl("get", "nodes").stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -214,7 +215,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return made
 
 
-def test_pauses_grow_only_while_nothing_is_told(pauses: list[float]) -> None:
+def test_pauses_grow_only_while_nothing_is_told(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflectors, "SHORT_SECONDS", math.inf)
     follow([refusal(410), refusal(500), refusal(500), page(5), watch(("ADDED", pod("a", 6))), watch()], "4")
     assert pauses[:5] == [2.0, 4.0, 5.0, 1.0, 2.0]
 
