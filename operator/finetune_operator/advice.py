@@ -43,8 +43,8 @@ ADVICE: dict[str, Advice] = {
         "Nothing, when it happens once: the gang is started anew. Often: look at the network between the nodes, and at NetworkPolicies",
     ),
     Reason.HANG: Advice(
-        "The trainer's heartbeat was silent for runPolicy.progressDeadlineSeconds",
-        "Nothing, when it happens once: the gang is started anew. Often: look at storage and network; raise the deadline when single pieces of work take so long",
+        "The trainer's heartbeat was silent for runPolicy.progressDeadlineSeconds, or a pod had not ended so long after node 0 had ended well",
+        "Nothing, when it happens once: the gang is started anew. Often: look at storage, network and drivers; raise the deadline when single pieces of work take so long",
     ),
     Reason.INTERNAL: Advice("The trainer failed in a way that it did not foresee", "Read `finetune logs NAME`; please report what stands there"),
     Reason.PREEMPTED: Advice(

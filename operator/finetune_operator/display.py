@@ -13,7 +13,7 @@ from rich.text import Text
 
 from finetune_operator.describe import value_text
 from finetune_trainer.contract import Progress, is_logged
-from finetune_trainer.streams import Lasting
+from finetune_trainer.streams import Unfailing
 
 
 class Display(Protocol):
@@ -34,7 +34,7 @@ class Display(Protocol):
 
 def open_display(title: str, logging_steps: int, console: Console | None = None) -> Display:
     """A live panel when standard output is a terminal, else lines: one for each stage that is seen and each step that the trainer's log has."""
-    chosen = console or Console(file=cast("IO[str]", Lasting(sys.stdout)), highlight=False, soft_wrap=True)
+    chosen = console or Console(file=cast("IO[str]", Unfailing(sys.stdout)), highlight=False, soft_wrap=True)
     if chosen.is_terminal and not chosen.is_dumb_terminal:
         return _Panel(title, chosen)
     return _Lines(chosen, logging_steps)

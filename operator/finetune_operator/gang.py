@@ -67,6 +67,8 @@ class Gang:
         self._nodes: list[_Node] = []
         self._timers: list[asyncio.TimerHandle] = []
         self._stops = 0
+        self._is_asked = False
+        """Whether the launchers have had the first SIGTERM."""
 
     async def run(self) -> Ending:
         """Start all and wait until all have ended; OSError when one cannot be started (then none is left)."""
@@ -84,7 +86,7 @@ class Gang:
     def stop(self) -> None:
         """Asked once, the gang checkpoints and ends; asked again, it ends at once. For a signal handler of the event loop."""
         self._stops += 1
-        self._send(signal.SIGTERM)
+        self._ask() if self._stops == 1 else self._send(signal.SIGTERM)
         self._later(END_SECONDS if self._stops > 1 else self._grace_seconds + SAVE_MARGIN_SECONDS, self._kill)
 
     async def _wait(self) -> Ending:
@@ -103,13 +105,18 @@ class Gang:
     def _end_the_others(self, code: int) -> None:
         """One node's launcher has failed: nothing that the others compute counts. Where it was preempted, they are saving too."""
         if code == exit_for(Reason.PREEMPTED).code:
-            if not self._stops:  # else they were asked, and a second time would mean at once
-                self._send(signal.SIGTERM)
+            self._ask()
             self._later(self._grace_seconds + SAVE_MARGIN_SECONDS, self._kill)
             return
         self._send(signal.SIGTERM)
         self._later(END_SECONDS, self._send, signal.SIGTERM)
         self._later(2 * END_SECONDS, self._kill)
+
+    def _ask(self) -> None:
+        """Have every launcher save and end; a second SIGTERM would have it end at once."""
+        if not self._is_asked:
+            self._is_asked = True
+            self._send(signal.SIGTERM)
 
     def _later(self, seconds: float, action: Callable[..., None], *arguments: signal.Signals) -> None:
         self._timers.append(asyncio.get_running_loop().call_later(seconds, action, *arguments))

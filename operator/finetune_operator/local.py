@@ -207,8 +207,12 @@ def _stopping_on_signals(gang: Gang, display: Display) -> Iterator[None]:
     try:
         yield
     finally:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         for number in numbers:
             loop.remove_signal_handler(number)
+            if asked is not None:
+                signal.signal(number, signal.SIG_IGN)  # all has ended: the same request once more would only cut off the last words
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def _watch(run: Run, display: Display, ended: asyncio.Event) -> None:

@@ -114,6 +114,15 @@ def stop(config: RunConfig, folder: Path, node: int) -> int:
     return 143
 
 
+def slow(config: RunConfig, folder: Path, node: int) -> int:
+    """Checkpoints when it is asked to stop, once there is a file `go`."""
+    wait_for_sigterm()
+    while not (folder / "go").exists():
+        threading.Event().wait(0.05)
+    (folder / "checkpoints" / "step-3").mkdir(parents=True, exist_ok=True)
+    return 143
+
+
 def full(config: RunConfig, folder: Path, node: int) -> int:
     """Is asked to stop, and cannot save."""
     wait_for_sigterm()
@@ -130,7 +139,7 @@ def stubborn(config: RunConfig, folder: Path, node: int) -> int:
     return 143
 
 
-BEHAVIOURS = {"finish": finish, "fail": fail, "crash": crash, "stop": stop, "full": full, "stubborn": stubborn}
+BEHAVIOURS = {"finish": finish, "fail": fail, "crash": crash, "stop": stop, "full": full, "slow": slow, "stubborn": stubborn}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -56,6 +56,23 @@ def test_a_gang_that_was_asked_to_stop_is_not_asked_again_when_its_first_launche
     assert [(tmp_path / f"asked-{index}").read_text() for index in (0, 1)] == ["asked\n"] * 2
 
 
+def test_a_first_request_of_the_user_after_a_launcher_was_preempted_does_not_count_as_a_second_one(tmp_path: Path) -> None:
+    slow = "trap 'echo asked >> asked; touch slow-asked' TERM; touch ready; until [ -e go ]; do sleep 0.02; done; exit 143"
+    gang = make_gang(tmp_path, "until [ -e ready ]; do sleep 0.02; done; exit 143", slow, kind=Followed)
+
+    async def stop_after_the_first() -> Ending:
+        run = asyncio.create_task(gang.run())
+        while not (tmp_path / "slow-asked").exists():
+            assert not run.done()
+            await asyncio.sleep(0.02)
+        gang.stop()
+        (tmp_path / "go").touch()
+        return await run
+
+    assert asyncio.run(stop_after_the_first()) == Ending(143, 0, asked=True)
+    assert (tmp_path / "asked").read_text() == "asked\n"
+
+
 def test_a_launcher_that_was_preempted_has_the_others_save(tmp_path: Path) -> None:
     preempted, other = "until [ -e ready ]; do sleep 0.02; done; exit 143", "trap 'touch saved; exit 143' TERM; touch ready; while :; do sleep 0.02; done"
     assert asyncio.run(make_gang(tmp_path, preempted, other).run()) == Ending(143, 0, asked=False)

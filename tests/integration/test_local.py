@@ -21,7 +21,7 @@ from finetune_trainer.contract import ConfigurationError
 from jobs import load_job, write_job
 
 PROGRAM = Path(__file__).with_name("launcher_program.py")
-RUN = "import sys; from pathlib import Path; from finetune_operator import gang, job_file, local; gang.END_SECONDS = 60; sys.exit(local.run_job(job_file.load(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3], (sys.executable, sys.argv[4])))"
+RUN = "import sys; from pathlib import Path; from finetune_operator import gang, job_file, local; gang.END_SECONDS = 60; local.REPEAT_SECONDS = float(sys.argv[5]); sys.exit(local.run_job(job_file.load(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3], (sys.executable, sys.argv[4])))"
 
 
 @pytest.fixture(autouse=True)
@@ -174,8 +174,8 @@ def test_what_means_nothing_here_is_said_in_one_line(tmp_path: Path, capsys: pyt
 class Started:
     """`run_job` in a process of its own, as the command line has it."""
 
-    def __init__(self, folder: Path, resume: str, **sections: Any) -> None:
-        arguments = [str(write_job(folder, **sections)), str(folder / "runs"), resume, str(PROGRAM)]
+    def __init__(self, folder: Path, resume: str, repeat_seconds: float, **sections: Any) -> None:
+        arguments = [str(write_job(folder, **sections)), str(folder / "runs"), resume, str(PROGRAM), str(repeat_seconds)]
         self.process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def await_line(self, start: str) -> None:
@@ -199,8 +199,8 @@ def await_file(path: Path) -> None:
 
 
 @contextmanager
-def started(folder: Path, resume: str = "auto", **sections: Any) -> Iterator[Started]:
-    run = Started(folder, resume, **sections)
+def started(folder: Path, resume: str = "auto", repeat_seconds: float = local.REPEAT_SECONDS, **sections: Any) -> Iterator[Started]:
+    run = Started(folder, resume, repeat_seconds, **sections)
     try:
         yield run
     finally:
@@ -244,11 +244,12 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_comes_twice_in_a_moment_is_one_request(tmp_path: Path, number: signal.Signals) -> None:
     """As from `timeout`, which signals its command and then the group, and from a terminal that is closed."""
-    with started(tmp_path, nodes=behaving("stop", count=2)) as run:
+    with started(tmp_path, repeat_seconds=600, nodes=behaving("slow", count=2)) as run:
         run.await_line("step 1/6")
         run.process.send_signal(number)
         run.await_line("stopping after a checkpoint")
         run.process.send_signal(number)
+        (only_run(tmp_path) / "go").touch()
         code, out, err = run.end()
     assert code == 143
     assert "stopping at once" not in out

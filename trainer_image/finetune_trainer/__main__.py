@@ -43,7 +43,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.failures import Failure, leave_failure
 from finetune_trainer.report import Report
-from finetune_trainer.streams import write_line
+from finetune_trainer.streams import Unfailing, write_line
 
 if TYPE_CHECKING:
     from finetune_trainer.data import Rows
@@ -407,8 +407,8 @@ def leave(failure: Failure, report: Report | None, identity: str) -> None:
 
 def end(code: int) -> None:
     """End this process. After a failure at once: what is left of a broken gang would wait for its other ranks."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    Unfailing(sys.stdout).flush()
+    Unfailing(sys.stderr).flush()
     if code == 0:
         sys.exit(0)
     for child in multiprocessing.active_children():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ from finetune_trainer.contract import DistributedError, EngineError
 
 Result = TypeVar("Result")
 ENDLESS = timedelta(days=30)
-"""A rank that is waited for so long is watched otherwise: by its launcher, and by who reads its progress."""
+"""A rank that is waited for so long is watched otherwise: where it ends, its launcher ends the others."""
+_NUMBERS = itertools.count()
 
 
 def together(action: Callable[[], Result]) -> Result:
@@ -49,19 +51,17 @@ def from_first(make: Callable[[], Result]) -> Result:
 
 
 def from_first_however_long(make: Callable[[], Result]) -> Result:
-    """As ``from_first``, for work that may take rank 0 longer than ``ddpTimeout``: the others wait for it as long as it takes. Collective."""
-    ended = distributed.new_group(backend="gloo", timeout=ENDLESS)
+    """As ``from_first``, for work that may take rank 0 longer than ``ddpTimeout``: the others wait for it in no collective, as long as it takes. Collective."""
+    store = distributed.distributed_c10d._get_default_store()
+    ended = f"mcore-finetune/ended/{from_first(lambda: next(_NUMBERS))}"
 
     def make_and_tell() -> Result:
         try:
             return make()
         finally:
-            distributed.barrier(ended)
+            store.set(ended, "")
 
-    try:
-        return _from_first(make_and_tell, lambda: distributed.barrier(ended))
-    finally:
-        distributed.destroy_process_group(ended)
+    return _from_first(make_and_tell, lambda: store.wait([ended], ENDLESS))
 
 
 def _from_first(make: Callable[[], Result], meanwhile: Callable[[], None]) -> Result:

@@ -225,7 +225,7 @@ def _stop_signals_blocked() -> Iterator[None]:
 
     A process inherits what its parent blocks. One that ignored them by itself would have to import this module, and with it torch and Megatron-core.
     """
-    resource_tracker.ensure_running()  # its start, else the first thing of a start, unblocks them
+    resource_tracker.ensure_running()  # now, because starting it unblocks both signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         yield

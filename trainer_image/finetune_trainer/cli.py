@@ -119,11 +119,13 @@ def make_run(line: flags.CommandLine, now: datetime) -> RunConfig:
 
 
 def claim_folder(config: RunConfig) -> RunConfig:
-    """The run with its version folder made: one that no other command has, which takes the next version of two that begin in one second. A run that goes on keeps its folder."""
+    """The run with its version folder made, under the next version where another command has just taken this one. A run that goes on keeps its folder."""
     folder = Path(config.run.output_dir)
     while not isdir(folder / "checkpoints"):
+        with _writing_to(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
         with _writing_to(folder), suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             break
         folder = folder.with_name(f"v{_next_version(folder.parent)}-{folder.name.partition('-')[2]}")
     return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": str(folder)})})

@@ -102,10 +102,10 @@ class Course:
     stop_requested: bool = False
     """Whether the ranks were asked to save and end."""
     signalled: float | None = None
-    """When the first signal came to this launcher itself (``time.monotonic``); in a cluster each node gets its own, some time after another has passed its own on."""
+    """When the first signal came to this launcher itself; in a cluster each node gets its own, some time after another has passed its own on."""
     deadline: float | None = None
-    events: queue.SimpleQueue[Rank | News | int] = field(default_factory=queue.SimpleQueue)
-    """A rank that has ended, what another node's launcher has told, or the number of a signal that has come."""
+    events: queue.SimpleQueue[Rank | News | float] = field(default_factory=queue.SimpleQueue)
+    """A rank that has ended, what another node's launcher has told, or when a signal has come (``time.monotonic``)."""
 
 
 def launch(config: RunConfig | Path, environment: Mapping[str, str] | None = None, program: Sequence[str] = RANK_PROGRAM) -> int:
@@ -353,8 +353,8 @@ def _signals(course: Course) -> Iterator[None]:
         yield
         return
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        course.events.put(number)
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        course.events.put(time.monotonic())
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -382,14 +382,14 @@ def _follow(course: Course, watch: Watch) -> None:
         elif event is News.STOP:
             _request_stop(course)
         elif course.signalled is None:
-            course.signalled = time.monotonic()
+            course.signalled = event
             watch.request_stop()
             _request_stop(course)
-        elif time.monotonic() - course.signalled > REPEAT_SECONDS:
+        elif event - course.signalled > REPEAT_SECONDS:
             return  # asked a second time: at once
 
 
-def _await(rank: Rank, events: queue.SimpleQueue[Rank | News | int]) -> None:
+def _await(rank: Rank, events: queue.SimpleQueue[Rank | News | float]) -> None:
     rank.process.wait()
     rank.ended = time.time()
     events.put(rank)

@@ -1,4 +1,4 @@
-"""Standard output and error of a process that has more to do than to speak: that nobody reads any more must end no run, and lose no checkpoint."""
+"""Standard output and error of a process that has more to do than to speak: that nobody reads them must end no run, and lose no checkpoint."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import os
 from typing import Any, TextIO
 
 
-class Lasting:
-    """A stream that can be written as long as the process lives: once its reader has ended, its terminal is closed or its disk is full, what is written goes nowhere."""
+class Unfailing:
+    """A stream that can be written as long as the process lives: once its reader has ended, its terminal is closed or its disk is full, what is written goes nowhere.
 
-    def __init__(self, stream: TextIO) -> None:
+    So does all that is written where there is no stream: Python has none for a descriptor that was closed before it started.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            return len(text) if self._stream is None else self._stream.write(text)
+        except BlockingIOError:  # its reader is slow, and another process has made it one that does not wait
+            return len(text)
         except OSError:
             self._give_up()
             return len(text)
 
     def flush(self) -> None:
         try:
-            self._stream.flush()
+            if self._stream is not None:
+                self._stream.flush()
+        except BlockingIOError:
+            return
         except OSError:
             self._give_up()
 
@@ -30,13 +38,14 @@ class Lasting:
 
     def _give_up(self) -> None:
         """Put /dev/null in its place, also for what the stream still holds and Python writes at the end: that this fails would change the exit code."""
+        assert self._stream is not None
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 
 
-def write_line(text: str, stream: TextIO) -> None:
+def write_line(text: str, stream: TextIO | None) -> None:
     """Write a line and flush; never raises OSError."""
-    lasting = Lasting(stream)
-    lasting.write(f"{text}\n")  # at once too, so that lines of several processes do not mix
-    lasting.flush()
+    unfailing = Unfailing(stream)
+    unfailing.write(f"{text}\n")  # at once too, so that lines of several processes do not mix
+    unfailing.flush()

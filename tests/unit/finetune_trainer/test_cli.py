@@ -216,8 +216,11 @@ def test_run_json_is_the_run(folder: Path) -> None:
 def test_an_output_folder_that_cannot_be_made_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"--output_dir: cannot write to .*rows\.jsonl.*: Not a directory"):
         cli.write_run(make("--output_dir", "rows.jsonl"))
-    with pytest.raises(ConfigurationError, match=r"--output_dir: cannot write to .*rows\.jsonl.*: Not a directory"):
+    with pytest.raises(ConfigurationError, match=r"--output_dir: cannot write to .*/rows\.jsonl: File exists"):
         cli.claim_folder(make("--output_dir", "rows.jsonl"))
+    (folder / "out").symlink_to("nowhere")
+    with pytest.raises(ConfigurationError, match=r"--output_dir: cannot write to .*/out: File exists"):
+        cli.claim_folder(make("--output_dir", "out"))
 
 
 # Config files
