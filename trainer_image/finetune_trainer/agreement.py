@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch import distributed
@@ -12,8 +12,7 @@ from torch import distributed
 from finetune_trainer.contract import DistributedError, EngineError
 
 Result = TypeVar("Result")
-ENDLESS = timedelta(days=30)
-"""A rank that is waited for so long is watched otherwise: where it ends, its launcher ends the others."""
+PAUSE_SECONDS = 0.1
 _NUMBERS = itertools.count()
 
 
@@ -52,7 +51,7 @@ def from_first(make: Callable[[], Result]) -> Result:
 
 def from_first_however_long(make: Callable[[], Result]) -> Result:
     """As ``from_first``, for work that may take rank 0 longer than ``ddpTimeout``: the others wait for it in no collective, as long as it takes. Collective."""
-    store = distributed.distributed_c10d._get_default_store()
+    store = distributed.distributed_c10d._get_default_store()  # where rank 0 ends, its launcher ends those who wait
     ended = f"mcore-finetune/ended/{from_first(lambda: next(_NUMBERS))}"
 
     def make_and_tell() -> Result:
@@ -61,7 +60,11 @@ def from_first_however_long(make: Callable[[], Result]) -> Result:
         finally:
             store.set(ended, "")
 
-    return _from_first(make_and_tell, lambda: store.wait([ended], ENDLESS))
+    def wait() -> None:
+        while not store.check([ended]):  # no store.wait: it would keep NCCL's own threads from the store
+            time.sleep(PAUSE_SECONDS)
+
+    return _from_first(make_and_tell, wait)
 
 
 def _from_first(make: Callable[[], Result], meanwhile: Callable[[], None]) -> Result:
