@@ -241,7 +241,7 @@ class RunPolicy(Contract):
     progress_deadline_seconds: Positive = Field(
         1800,
         description="A trainer whose heartbeat is silent for so many seconds hangs; so does a node that has not ended so many seconds after node 0 ended well. "
-        "The gang starts anew. More than parallelism.ddpTimeout.",
+        "The gang starts anew. It must be more than parallelism.ddpTimeout.",
     )
     clean_pod_policy: Literal["None", "Running", "All"] = Field(
         "None", description="Which pods are deleted when the job has ended: None keeps them all for their logs, Running those that ended, All none."
