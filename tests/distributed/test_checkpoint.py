@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -258,15 +258,6 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(asynchronou
 
 
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["waited-for", "in-the-background"])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def fail(run: Callable[..., Any], *arguments: Any, **options: Any) -> EngineError:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,15 +300,6 @@ def test_export_leaves_a_folder_of_other_content_alone(folders: dict[str, Path],
     with pytest.raises(ConfigurationError, match=rf"{tmp_path} is not empty and holds no export"):
         gang2.run(round_trip, Layout(folders["qwen3"], LAYOUTS["tp2"]), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_full_disk_is_refused_and_leaves_nothing_behind(folders: dict[str, Path], gang2: Gang, small_disk: Path) -> None:
